@@ -1,0 +1,25 @@
+"""What every process and any client of ibtpo shares: the Tree, its scores, the wire, the client.
+
+Needs grpcio, protobuf and numpy only. The client is loaded on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ibtree.messages import Prompt
+from ibtree.options import SamplingOptions, TreeOptions
+from ibtree.tree import Step, Tree
+
+if TYPE_CHECKING:
+    from ibtree.client import AsyncClient, Client
+
+__all__ = ["AsyncClient", "Client", "Prompt", "SamplingOptions", "Step", "Tree", "TreeOptions"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("AsyncClient", "Client"):
+        from ibtree import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module 'ibtree' has no attribute {name!r}")

@@ -1,0 +1,26 @@
+"""Errors that every process of the project reports in the same words."""
+
+from __future__ import annotations
+
+
+class FieldError(ValueError):
+    """Bad input: which field, what was wrong with it, what is allowed.
+
+    The services turn it into INVALID_ARGUMENT, the command lines into a one-line exit message.
+    """
+
+    def __init__(self, field: str, problem: str, allowed: str) -> None:
+        super().__init__(f"{field}: {problem}; allowed: {allowed}")
+        self.field = field
+
+
+class PreconditionError(RuntimeError):
+    """The input is well formed but does not fit the server's state (FAILED_PRECONDITION)."""
+
+
+class ConflictError(RuntimeError):
+    """An id is already known with other content (ALREADY_EXISTS)."""
+
+
+class UnknownLeaseError(LookupError):
+    """A lease is unknown or ran out (NOT_FOUND)."""

@@ -1,0 +1,78 @@
+"""The nouns of the gRPC calls besides the Tree; wire_calls.py turns them into protobuf and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ibtree.options import TreeOptions
+from ibtree.tree import Finish, Tree
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question: text, or token ids. Empty `id`, `grader` and absent `options` take the server's
+    defaults; an empty `answer` is none."""
+
+    content: str | Sequence[int]
+    id: str = ""
+    answer: str = ""
+    grader: str = ""
+    options: TreeOptions | None = None
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """One finished, graded rollout of a growing tree (fields: Expansion in sampling.proto)."""
+
+    round: int
+    start_node: int
+    end_node: int
+    generated_tokens: int
+    reward: float
+    finish: Finish
+    trajectories: int
+    target_trajectories: int
+
+
+@dataclass(frozen=True)
+class TreeLease:
+    """A scored tree in hand until its lease runs out; `returns` counts earlier nacks and losses."""
+
+    lease_id: str
+    tree: Tree
+    returns: int
+
+
+@dataclass(frozen=True)
+class QueueStats:
+    """Trees by state (fields: GetQueueStatsResponse in queue.proto)."""
+
+    queued: int = 0
+    growing: int = 0
+    graded: int = 0
+    leased: int = 0
+    acked: int = 0
+    dead: int = 0
+    interactive: int = 0
+
+
+@dataclass(frozen=True)
+class ServedWeights:
+    """The served weight version (fields: GetWeightsResponse in weights.proto)."""
+
+    version: int
+    digest: bytes
+    state: str
+    model_id: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class PushOutcome:
+    """What became of a pushed version (fields: PushWeightsResponse in weights.proto)."""
+
+    version: int
+    state: str
+    digest: bytes
+    pause_s: float

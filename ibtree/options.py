@@ -1,0 +1,99 @@
+"""The options a tree is grown and scored with, and what is allowed in each.
+
+Source of names and defaults: arXiv 2605.28109, section 5 (setting) and appendix; `TreeOptions`
+in protos/ibtree/v1/tree.proto is the same on the wire.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ibtree.errors import FieldError
+
+VALUE_ESTIMATORS = ("mean", "backup")
+CONFIDENCE_FORMS = ("geometric", "product", "sibling")
+
+
+def check_range(
+    name: str, value: float, low: float, high: float, *, open_low: bool = False
+) -> None:
+    """Raises FieldError unless `value` is a number in [low, high], or (low, high] if `open_low`."""
+    inside = low < value <= high if open_low else low <= value <= high
+    if math.isnan(value) or not inside:
+        raise FieldError(name, f"got {value}", f"{'(' if open_low else '['}{low}, {high}]")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise FieldError(name, f"unknown value {value!r}", " | ".join(allowed))
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 20
+    max_new_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        check_range("sampling.temperature", self.temperature, 0.0, 100.0, open_low=True)
+        check_range("sampling.top_p", self.top_p, 0.0, 1.0, open_low=True)
+        if self.top_k != -1 and not 1 <= self.top_k < 2**31:
+            raise FieldError("sampling.top_k", f"got {self.top_k}", "[1, 2147483647] or -1 (all)")
+        check_range("sampling.max_new_tokens", self.max_new_tokens, 1, 2**20)
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """Shape, scoring and limits of a tree; the defaults are the paper's setting.
+
+    A strategy's and a schedule's names are checked by the server, which knows them.
+    """
+
+    strategy: str = "ib"
+    schedule: str = "rounds"
+    init_rollouts: int = 4
+    rounds: int = 9
+    branch_nodes: int = 1
+    branch_rollouts: int = 1
+    beta: float = 5.0
+    value_estimator: str = "mean"
+    confidence: str = "geometric"
+    zero_value_ratio: float = 0.0
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    deadline_s: float | None = None
+    max_generated_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("init_rollouts", "rounds", "branch_nodes", "branch_rollouts"):
+            check_range(name, getattr(self, name), 1, 4096)
+        check_range("beta", self.beta, 0.0, 1e6, open_low=True)
+        check_range("zero_value_ratio", self.zero_value_ratio, 0.0, 1e6)
+        check_choice("value_estimator", self.value_estimator, VALUE_ESTIMATORS)
+        check_choice("confidence", self.confidence, CONFIDENCE_FORMS)
+        if self.deadline_s is not None:
+            check_range("deadline_s", self.deadline_s, 0.0, 86400.0 * 7, open_low=True)
+        if self.max_generated_tokens is not None:
+            check_range("max_generated_tokens", self.max_generated_tokens, 1, 2**62)
+
+    @property
+    def trajectories(self) -> int:
+        """G = B0 + (L - 1) K B: trajectories of the full shape."""
+        return self.init_rollouts + (self.rounds - 1) * self.branch_nodes * self.branch_rollouts
+
+
+def changed(options: TreeOptions, **changes: Any) -> TreeOptions:
+    """`options` with fields replaced; keys are fields of TreeOptions or of SamplingOptions."""
+    inner = {f.name for f in fields(SamplingOptions)}
+    values = {f.name: getattr(options, f.name) for f in fields(TreeOptions)}
+    sampling = {f.name: getattr(options.sampling, f.name) for f in fields(SamplingOptions)}
+    for name, value in changes.items():
+        if name not in inner and name not in values:
+            raise FieldError(name, "no such option", ", ".join(sorted({*values, *inner})))
+        (sampling if name in inner else values)[name] = value
+    values["sampling"] = SamplingOptions(**sampling)
+    return TreeOptions(**values)

@@ -1,0 +1,113 @@
+"""Requests and responses of the calls <-> the nouns of messages.py and weights.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from ibtree.messages import Expansion, Prompt, PushOutcome, QueueStats, ServedWeights, TreeLease
+from ibtree.options import TreeOptions
+from ibtree.tree import Finish, Tree
+from ibtree.v1 import queue_pb2, sampling_pb2, tree_pb2, weights_pb2
+from ibtree.weights import CHUNK_BYTES, TensorSpec, WeightManifest
+from ibtree.wire import options_from_proto, options_to_proto, tree_from_proto
+
+_STATE = "WEIGHT_STATE_"
+
+
+def prompt_to_proto(prompt: Prompt) -> sampling_pb2.Prompt:
+    message = sampling_pb2.Prompt(id=prompt.id, answer=prompt.answer, grader=prompt.grader)
+    if isinstance(prompt.content, str):
+        message.text = prompt.content
+    else:
+        message.token_ids.ids.extend(prompt.content)
+    if prompt.options is not None:
+        message.options.CopyFrom(options_to_proto(prompt.options))
+    return message
+
+
+def prompt_from_proto(message: sampling_pb2.Prompt, defaults: TreeOptions) -> Prompt:
+    """Options left out take `defaults`. Raises FieldError for options that are not allowed."""
+    is_text = message.WhichOneof("content") == "text"
+    return Prompt(
+        content=message.text if is_text else tuple(message.token_ids.ids),
+        id=message.id,
+        answer=message.answer,
+        grader=message.grader,
+        options=options_from_proto(message.options, defaults),
+    )
+
+
+def submit_request(prompts: Iterable[Prompt]) -> sampling_pb2.SubmitPromptsRequest:
+    return sampling_pb2.SubmitPromptsRequest(prompts=[prompt_to_proto(p) for p in prompts])
+
+
+def expansion_to_proto(event: Expansion) -> sampling_pb2.Expansion:
+    values = {f.name: getattr(event, f.name) for f in fields(Expansion) if f.name != "finish"}
+    return sampling_pb2.Expansion(
+        finish_reason=tree_pb2.FinishReason.ValueType(event.finish), **values
+    )
+
+
+def event_from_proto(message: sampling_pb2.SampleTreeResponse) -> Expansion | Tree:
+    if message.HasField("tree"):
+        return tree_from_proto(message.tree)
+    names = [f.name for f in fields(Expansion) if f.name != "finish"]
+    values = {name: getattr(message.expansion, name) for name in names}
+    return Expansion(finish=Finish(message.expansion.finish_reason), **values)
+
+
+def leases_from_proto(response: queue_pb2.LeaseTreesResponse) -> list[TreeLease]:
+    return [TreeLease(m.lease_id, tree_from_proto(m.tree), m.returns) for m in response.leases]
+
+
+def stats_to_proto(stats: QueueStats) -> queue_pb2.GetQueueStatsResponse:
+    return queue_pb2.GetQueueStatsResponse(**asdict(stats))
+
+
+def stats_from_proto(message: queue_pb2.GetQueueStatsResponse) -> QueueStats:
+    return QueueStats(**{f.name: getattr(message, f.name) for f in fields(QueueStats)})
+
+
+def manifest_to_proto(manifest: WeightManifest) -> weights_pb2.WeightManifest:
+    return weights_pb2.WeightManifest(
+        version=manifest.version,
+        model_id=manifest.model_id,
+        file_bytes=manifest.file_bytes,
+        base_version=manifest.base_version,
+        tensors=[
+            weights_pb2.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape, sha256=t.sha256)
+            for t in manifest.tensors
+        ],
+    )
+
+
+def manifest_from_proto(m: weights_pb2.WeightManifest) -> WeightManifest:
+    tensors = tuple(TensorSpec(t.name, t.dtype, tuple(t.shape), t.sha256) for t in m.tensors)
+    base = m.base_version if m.HasField("base_version") else None
+    return WeightManifest(m.version, m.model_id, tensors, m.file_bytes, base)
+
+
+def push_parts(manifest: WeightManifest, path: Path) -> Iterator[weights_pb2.PushWeightsRequest]:
+    """The manifest, then the file in chunks of at most 2 MiB."""
+    yield weights_pb2.PushWeightsRequest(manifest=manifest_to_proto(manifest))
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield weights_pb2.PushWeightsRequest(chunk=chunk)
+
+
+def state_to_proto(state: str) -> weights_pb2.WeightState.ValueType:
+    return weights_pb2.WeightState.Value(_STATE + state.upper())
+
+
+def _state(number: weights_pb2.WeightState.ValueType) -> str:
+    return weights_pb2.WeightState.Name(number).removeprefix(_STATE).lower()
+
+
+def served_from_proto(m: weights_pb2.GetWeightsResponse) -> ServedWeights:
+    return ServedWeights(m.version, m.digest, _state(m.state), m.model_id, m.dtype)
+
+
+def pushed_from_proto(m: weights_pb2.PushWeightsResponse) -> PushOutcome:
+    return PushOutcome(m.version, _state(m.state), m.digest, m.pause_s)

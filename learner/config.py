@@ -1,0 +1,125 @@
+"""The learner's settings: one class for file, environment (IBTPO_LEARNER_*) and command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from ibtpo_settings import Settings
+
+
+class LearnerConfig(Settings):
+    """Leases scored trees from an ibtpo-server, takes IB-TPO steps, pushes the weights back."""
+
+    model_config = SettingsConfigDict(env_prefix="IBTPO_LEARNER_")
+
+    server: str = "127.0.0.1:7300"
+    """Address of the server's gRPC port."""
+    model: Path
+    """Hugging Face folder: the one the server was started from."""
+    prompts: Path
+    """JSONL file, a line {"prompt": text, "answer": text} each."""
+    out_dir: Path = Path("runs/learner")
+    """Folder of checkpoints, metrics and the run's identity."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the trained weights."""
+    seed: int = 0
+    """Seed of the prompts' order and of torch."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of torch; 0 leaves its default."""
+
+    steps: int = Field(default=200, ge=1)
+    """Optimiser steps of the whole run."""
+    prompts_per_step: int = Field(default=32, ge=1)
+    """Trees a step trains on."""
+    prompts_ahead_steps: float = Field(default=1.0, ge=0)
+    """Steps' worth of prompts submitted ahead; 0 keeps every tree on-policy."""
+    grader: str = ""
+    """Grader by name; empty takes the server's default."""
+    lease_s: float = Field(default=300.0, gt=0, le=86400)
+    """How long a lease lasts; prolonged while trees are in hand."""
+    patience_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for a step's trees, or for a server that is away."""
+    max_staleness: int | None = Field(default=None, ge=0)
+    """Most weight versions between a tree's oldest token and the trainer; older trees are dropped
+    and counted. Empty: no bound."""
+
+    strategy: str = "ib"
+    """Branching strategy: ib, or independent (with local-weight 0: GRPO)."""
+    init_rollouts: int = Field(default=4, ge=1)
+    """B0."""
+    rounds: int = Field(default=9, ge=1)
+    """L."""
+    branch_nodes: int = Field(default=1, ge=1)
+    """K."""
+    branch_rollouts: int = Field(default=1, ge=1)
+    """B. Trajectories of a tree: G = B0 + (L - 1) K B."""
+    temperature: float = Field(default=0.7, gt=0)
+    """Sampling temperature; log-probabilities on both sides are at it."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus mass."""
+    top_k: int = 20
+    """Tokens kept; -1 keeps all."""
+    max_new_tokens: int = Field(default=2048, ge=1)
+    """Limit of one trajectory's generated tokens."""
+    beta: float = Field(default=5.0, gt=0)
+    """Beta of the information bottleneck."""
+    value_estimator: Literal["mean", "backup"] = "mean"
+    """Estimate of a step's value."""
+    confidence: Literal["geometric", "product", "sibling"] = "geometric"
+    """Form of a step's confidence."""
+
+    local_weight: float = Field(default=0.1, ge=0)
+    """Lambda: weight of the local advantage."""
+    local_scale: Literal["token", "step"] = "token"
+    """token: the paper's form; step: the local term divided by the step's token count."""
+    std: Literal["population", "sample"] = "population"
+    """Standard deviation of a tree's rewards."""
+    advantage_eps: float = Field(default=0.0, ge=0)
+    """Added to that standard deviation."""
+    skip_uniform_trees: bool = True
+    """Leave trees without reward variance out of the loss."""
+    uniform_in_denominator: bool = False
+    """Count the trees left out in the loss's denominator all the same."""
+    trajectory_weight: Literal["visits", "draws"] = "visits"
+    """visits: each trajectory 1 / G; draws: undoes the over-weighting of branched regions."""
+    length_norm: Literal["trajectory", "token", "constant"] = "trajectory"
+    """Normalisation of the loss over tokens."""
+    clip_low: float = Field(default=0.2, ge=0, le=1)
+    """Lower clip of the ratio: 1 - clip_low."""
+    clip_high: float = Field(default=0.2, ge=0)
+    """Upper clip of the ratio: 1 + clip_high."""
+    kl_weight: float = Field(default=0.001, ge=0)
+    """Weight of the KL to the frozen reference (the model folder); 0 loads no reference."""
+    old_logprobs: Literal["engine", "trainer"] = "engine"
+    """engine: ratio against the recorded log-probabilities; trainer: against a forward pass before
+    the update, the engine's entering as truncated importance weight."""
+    importance_cap: float = Field(default=2.0, gt=0)
+    """C of the truncated importance weight."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Learning rate of AdamW."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Global norm the gradient is clipped to."""
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Most tokens, padding included, of one forward pass (one trajectory always fits)."""
+
+    checkpoint_every_steps: int = Field(default=1, ge=1)
+    """Steps between checkpoints; trees are acked only after one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues from the newest checkpoint in out_dir."""
+    eval_prompts: Path | None = None
+    """JSONL file of held-out prompts, evaluated through the server."""
+    eval_every_steps: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0 evaluates before and after only."""
+    log_prob_gap_alarm: float = Field(default=0.05, gt=0)
+    """Mean gap between engine and trainer log-probabilities [nats] above which it warns."""

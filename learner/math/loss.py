@@ -1,0 +1,88 @@
+"""The IB-TPO loss, trajectory by trajectory: the slow and obvious form.
+
+Shapes: B trajectories (rows), T generated tokens, padded on the right; mask_BT is 1 at real tokens.
+Source: arXiv 2605.28109 (objective, GRPO form); k3 from http://joschu.net/blog/kl-approx.html;
+`token` is DAPO (arXiv 2503.14476), `constant` Dr. GRPO (arXiv 2503.20783).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Objective(NamedTuple):
+    """Per-token terms, each [B, T]: the clipped surrogate, the KL estimate, 1 where clipped."""
+
+    surrogate: Tensor
+    kl: Tensor
+    clipped: Tensor
+
+
+def token_objective(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    ref_logp: Tensor | None = None,
+    correction: Tensor | None = None,
+) -> Objective:
+    """min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A), ratio = exp(logp - old_logp).
+
+    All arguments have one shape. `correction` (truncated importance sampling) multiplies the
+    surrogate; KL is k3 against `ref_logp`, zeros without it.
+    """
+    ratio = torch.exp(logp - old_logp)
+    clipped = torch.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    was_clipped = (clipped * advantage < ratio * advantage).to(logp.dtype)
+    if correction is not None:
+        surrogate = surrogate * correction
+    kl = torch.zeros_like(logp)
+    if ref_logp is not None:
+        gap = ref_logp - logp
+        kl = torch.exp(gap) - gap - 1.0
+    return Objective(surrogate, kl, was_clipped)
+
+
+def truncated_importance(trainer_old_logp: Tensor, engine_logp: Tensor, cap: float) -> Tensor:
+    """min(exp(logpi_trainer,old - logpi_engine), cap), without gradient."""
+    return torch.exp(trainer_old_logp - engine_logp).clamp(max=cap).detach()
+
+
+def token_weights(
+    mask_BT: Tensor,
+    weight_B: Tensor,
+    group_B: Tensor,
+    *,
+    trees: int,
+    length_norm: str,
+    constant_tokens: int = 1,
+) -> Tensor:
+    """What each token's term counts in the batch's loss, [B, T]; 0 at padding.
+
+    `weight_B`: weight of the row in its tree (the rows of a tree sum to 1; the paper: 1 / G);
+    `group_B`: G of the row's tree; `trees`: trees in the batch's denominator.
+    `trajectory`: weight / |tau| / trees. `token`: weight G / sum of all weight G |tau|.
+    `constant`: weight G / (number of trajectories * constant_tokens).
+    """
+    length_B = mask_BT.sum(1)
+    count_B = weight_B * group_B
+    if length_norm == "trajectory":
+        share_B = weight_B / length_B.clamp(min=1) / trees
+    elif length_norm == "token":
+        share_B = count_B / (count_B * length_B).sum().clamp(min=1)
+    elif length_norm == "constant":
+        share_B = count_B / (count_B.sum().clamp(min=1) * constant_tokens)
+    else:
+        raise ValueError(f"length_norm {length_norm!r}: trajectory | token | constant")
+    return share_B[:, None] * mask_BT
+
+
+def weighted_loss(objective: Objective, weight_BT: Tensor, kl_weight: float) -> Tensor:
+    """L = - sum_t w_t [surrogate_t - kl_weight KL_t], a scalar."""
+    return -(weight_BT * (objective.surrogate - kl_weight * objective.kl)).sum()

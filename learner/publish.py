@@ -1,0 +1,55 @@
+"""Pushing the policy's weights to the server as one version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ibtree.client import Client
+from ibtree.errors import PreconditionError
+from ibtree.weights import checkpoint_specs, make_manifest, model_identity
+from learner.checkpoint import TrainState, weights_of
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Publisher:
+    """Sends versions in the server's dtype, under the checkpoint's tensor names."""
+
+    def __init__(self, client: Client, model_dir: Path, out_dir: Path, patience_s: float) -> None:
+        """Waits for the server. Raises PreconditionError if it runs another model."""
+        self._client, self._patience_s = client, patience_s
+        self._file = out_dir / "publish.safetensors"
+        self._names = set(checkpoint_specs(model_dir))
+        self._model_id = model_identity(model_dir)
+        served = client.get_weights(timeout_s=patience_s, wait=True)
+        if served.model_id != self._model_id:
+            raise PreconditionError(
+                f"model: {model_dir} is model {self._model_id[:12]}…, but the server at "
+                f"{client.target} runs {served.model_id[:12]}…; give both the same model folder"
+            )
+        self._dtype = _DTYPES[served.dtype]
+
+    def publish(self, model: Any, state: TrainState) -> float:
+        """Pushes the weights as version `state.version`; returns the server's pause [seconds]."""
+        weights = weights_of(model)
+        save_file({name: weights[name].to(self._dtype) for name in sorted(self._names)}, self._file)
+        manifest = make_manifest(self._file, state.version, self._model_id)
+        state.version_digest = manifest.digest.hex()
+        outcome = self._client.push_weights(
+            manifest, self._file, timeout_s=self._patience_s, wait=True
+        )
+        return outcome.pause_s
+
+    def align(self, model: Any, state: TrainState) -> None:
+        """After a start or a resume: makes the server serve this policy.
+
+        Nothing to do if it does; else the weights become a version above all it has seen.
+        """
+        served = self._client.get_weights(timeout_s=self._patience_s, wait=True)
+        if (served.version, served.digest.hex()) != (state.version, state.version_digest):
+            state.version = max(served.version, state.version) + 1
+            self.publish(model, state)

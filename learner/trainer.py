@@ -1,0 +1,121 @@
+"""One optimiser step on a batch of scored trees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibtree.tree import Tree
+from learner.batch import Row, Rows, is_uniform, pad, share_out, split_rows, tree_rows
+from learner.config import LearnerConfig
+from learner.math.loss import token_objective, truncated_importance, weighted_loss
+from learner.model import token_logprobs
+
+
+@dataclass
+class StepFigures:
+    """Sums over the batch's tokens; the means are what is reported."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    clipped: float = 0.0
+    tokens: float = 0.0
+    gap_sum: float = 0.0
+    gap_max: float = 0.0
+    gap_tokens: float = 0.0
+    grad_norm: float = 0.0
+    trained_trees: int = 0
+
+    def means(self) -> dict[str, float]:
+        """Log-probability gap [nats] over tokens of the trainer's own version: NaN without any."""
+        tokens, gap_tokens = max(self.tokens, 1.0), self.gap_tokens
+        return {
+            "loss": self.loss,
+            "kl": self.kl / tokens,
+            "clip_share": self.clipped / tokens,
+            "grad_norm": self.grad_norm,
+            "log_prob_gap_mean": self.gap_sum / gap_tokens if gap_tokens else float("nan"),
+            "log_prob_gap_max": self.gap_max if gap_tokens else float("nan"),
+            "trained_trees": self.trained_trees,
+        }
+
+
+class Trainer:
+    """Policy, optional frozen reference and optimiser on one device."""
+
+    def __init__(
+        self, policy: Any, reference: Any | None, config: LearnerConfig, device: torch.device
+    ) -> None:
+        self.policy, self._reference = policy, reference
+        self._config, self._device = config, device
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
+        )
+
+    def step(self, trees: list[Tree], version: int) -> StepFigures:
+        """One step on the trees with reward variance (all, if uniform trees are not skipped).
+
+        `version` is the weight version the policy has now. Without a tree left the weights stay.
+        """
+        config, figures = self._config, StepFigures()
+        kept = [t for t in trees if not (config.skip_uniform_trees and is_uniform(t))]
+        rows = [row for tree in kept for row in tree_rows(tree, config)]
+        figures.trained_trees = len(kept)
+        if not rows:
+            return figures
+        counted = len(trees) if config.uniform_in_denominator else len(kept)
+        rows = share_out(rows, counted, config)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in split_rows(rows, config.micro_batch_tokens):
+            self._backward(part, version, figures)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.grad_clip)
+        figures.grad_norm = float(norm)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        return figures
+
+    def _backward(self, part: list[Row], version: int, figures: StepFigures) -> None:
+        rows = pad(part, self._device)
+        logp = self._logprobs(self.policy, rows)
+        reference = None
+        if self._reference is not None:
+            with torch.no_grad():
+                reference = self._logprobs(self._reference, rows)
+        old, correction = rows.old_logp, None
+        if self._config.old_logprobs == "trainer":
+            # one step a batch: the policy before the update is the policy of this forward pass
+            old = logp.detach()
+            cap = self._config.importance_cap
+            correction = truncated_importance(old, rows.old_logp, cap)
+        objective = token_objective(
+            logp,
+            old,
+            rows.advantage,
+            clip_low=self._config.clip_low,
+            clip_high=self._config.clip_high,
+            ref_logp=reference,
+            correction=correction,
+        )
+        loss = weighted_loss(objective, rows.weight, self._config.kl_weight)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+        mask = rows.mask
+        figures.loss += float(loss.detach())
+        figures.kl += float((objective.kl.detach() * mask).sum())
+        figures.clipped += float((objective.clipped * mask).sum())
+        figures.tokens += float(mask.sum())
+        own = (rows.versions == version) & (mask > 0)
+        if own.any():
+            gap = (logp.detach() - rows.old_logp).abs()[own]
+            figures.gap_sum += float(gap.sum())
+            figures.gap_max = max(figures.gap_max, float(gap.max()))
+            figures.gap_tokens += gap.numel()
+
+    def _logprobs(self, model: Any, rows: Rows) -> Tensor:
+        width = rows.mask.shape[1]
+        return token_logprobs(
+            model, rows.ids, rows.ids_mask, rows.prompt_lengths, width, self._config.temperature
+        )

@@ -1,0 +1,192 @@
+"""The server process: builds every part, serves until a signal, shuts down in order.
+
+ports bound ─▶ engine loads ─▶ newest weights ─▶ first token ─▶ SERVING ─▶ signal ─▶ drained
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any, NoReturn
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from ibtree.errors import FieldError
+from ibtree.options import SamplingOptions
+from ibtree.v1 import queue_pb2_grpc, sampling_pb2, sampling_pb2_grpc, weights_pb2_grpc
+from ibtree.weights import checkpoint_specs, model_identity
+from ibtree.wire import tree_to_proto
+from ibtree.wire_calls import prompt_from_proto
+from server_ext.config import ServerConfig
+from server_ext.engine import SglangEngine
+from server_ext.forest import Forest, check_job_names
+from server_ext.journal import Journal
+from server_ext.producer import JournalThread, Producer
+from server_ext.rewards.base import Graders
+from server_ext.rewards.exact import ExactGrader
+from server_ext.rewards.math import MathGrader
+from server_ext.services.health import Health, serve_health
+from server_ext.services.queue import QueueService
+from server_ext.services.sampling import SamplingService
+from server_ext.services.weights import WeightsService
+from server_ext.text import Tokenizer
+from server_ext.weights.store import WeightStore
+from server_ext.weights.updater import WeightUpdater
+
+_log = logging.getLogger(__name__)
+_GRPC_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+]
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
+    """Runs the server until SIGTERM or SIGINT. Raises FieldError for bad settings."""
+    async with AsyncExitStack() as stack:
+        await _serve(config, sglang_arguments, stack)
+
+
+async def _serve(
+    config: ServerConfig, sglang_arguments: Sequence[str], stack: AsyncExitStack
+) -> None:
+    _exit_on_signal()
+    model_id = model_identity(config.model)
+    tokenizer = Tokenizer(config.model)
+    segmenter = tokenizer.segmenter(config.separator)
+    graders = Graders(
+        {
+            "exact": ExactGrader(config.answer_marker),
+            "math": (
+                maths := MathGrader(
+                    config.grader_workers, config.grade_timeout_s, config.answer_marker
+                )
+            ),
+        }
+    )
+    stack.callback(maths.close)
+    defaults = config.tree_options()
+    check_job_names(defaults, graders, config.grader)
+
+    server = grpc.aio.server(options=_GRPC_OPTIONS)
+    port = _bind("port", config.port, partial(_add_port, server, config.host))
+    health = Health()
+    health_server, health_port = _bind(
+        "health-port", config.health_port, partial(_start_health, health, config.host)
+    )
+    stack.callback(lambda: health_server.stop(0).wait())
+
+    engine = SglangEngine(
+        str(config.model), config.device, config.dtype, config.drain_timeout_s, sglang_arguments
+    )
+    stack.callback(engine.shutdown)
+    store = WeightStore(config.data_dir / "weights", model_id)
+    updater = WeightUpdater(engine, store, config.model, checkpoint_specs(config.model), model_id)
+    await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
+    await updater.restore()
+    stopping = _take_signals_back()
+
+    journal = JournalThread(
+        partial(
+            Journal,
+            config.data_dir / "journal.sqlite",
+            max_returns=config.max_returns,
+            max_failures=config.max_failures,
+        )
+    )
+    stack.callback(journal.close)
+    forest = Forest(
+        engine,
+        tokenizer,
+        segmenter,
+        graders,
+        model_id=model_id,
+        defaults=defaults,
+        default_grader=config.grader,
+        max_trajectories=config.max_trajectories,
+        max_open_trees=config.max_open_trees,
+    )
+    producer = Producer(
+        journal,
+        forest,
+        lambda prompt: prompt_from_proto(sampling_pb2.Prompt.FromString(prompt), defaults),
+        lambda tree: tree_to_proto(tree).SerializeToString(),
+    )
+    sampling = SamplingService(forest, journal, producer)
+    queue = QueueService(journal, producer, config.lease_s, lambda: sampling.interactive)
+    sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, server)
+    queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, server)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsService(updater), server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    await server.start()
+    tasks = {
+        asyncio.create_task(producer.run(), name="producer"),
+        asyncio.create_task(_beat(health), name="heartbeat"),
+        asyncio.create_task(_raise_when(updater.broken), name="weights"),
+        asyncio.create_task(stopping.wait(), name="signal"),
+    }
+    health.serving(True)
+    print(f"ibtpo-server: serving on {config.host}:{port} (health {health_port})", flush=True)
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()  # anything but the signal is an error
+    finally:
+        health.serving(False)
+        _log.info("shutting down")
+        await server.stop(config.shutdown_grace_s)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+def _add_port(server: Any, host: str, port: int) -> int:
+    return int(server.add_insecure_port(f"{host}:{port}"))
+
+
+def _start_health(health: Health, host: str, port: int) -> tuple[Any, int]:
+    return serve_health(health, f"{host}:{port}")
+
+
+def _bind(name: str, port: int, bind: Any) -> Any:
+    try:
+        return bind(port)
+    except RuntimeError as error:
+        raise FieldError(name, f"port {port} cannot be listened on", "a free port") from error
+
+
+def _exit_on_signal() -> None:
+    """Until the engine is up, a signal unwinds the stack: what was started is shut down."""
+
+    def leave(number: int, _: Any) -> NoReturn:
+        sys.exit(128 + number)
+
+    for number in _SIGNALS:
+        signal.signal(number, leave)
+
+
+def _take_signals_back() -> asyncio.Event:
+    """SGLang installs its own SIGTERM handler with its first request: replace it."""
+    stopping = asyncio.Event()
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    return stopping
+
+
+async def _beat(health: Health) -> None:
+    while True:
+        health.beat()
+        await asyncio.sleep(1.0)
+
+
+async def _raise_when(broken: asyncio.Event) -> NoReturn:
+    await broken.wait()
+    raise RuntimeError("the engine may hold a mix of weights; start the server again")

@@ -1,0 +1,99 @@
+"""The server's settings: one class for file, environment (IBTPO_SERVER_*) and command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from ibtpo_settings import Settings
+from ibtree.options import SamplingOptions, TreeOptions
+
+
+class ServerConfig(Settings):
+    """Grows IB-guided reasoning trees with SGLang behind a gRPC API.
+
+    SGLang's own server arguments follow after `--` (for example `-- --tp-size 2`).
+    """
+
+    model_config = SettingsConfigDict(env_prefix="IBTPO_SERVER_")
+
+    model: Path
+    """Hugging Face folder with config.json, tokenizer and *.safetensors."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Where SGLang runs."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision the model runs in; the learner sends weights in it."""
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no authentication: keep it on a network you trust."""
+    port: int = Field(default=7300, ge=0, le=65535)
+    """gRPC port; 0 takes a free one and prints it."""
+    health_port: int = Field(default=7302, ge=0, le=65535)
+    """Port for plain gRPC health, answered from the first second on; 0 takes a free one."""
+    data_dir: Path = Path("runs/server")
+    """Folder of the journal and of the weight store; survives restarts."""
+
+    separator: str = Field(default="\n\n", min_length=1)
+    """Text that closes a reasoning step."""
+    grader: str = "math"
+    """Grader of prompts that name none."""
+    grader_workers: int = Field(default=2, ge=1, le=256)
+    """Processes that run graders which may hang."""
+    grade_timeout_s: float = Field(default=10.0, gt=0)
+    """Time one grade may take; a grade that takes longer counts as wrong (0)."""
+    answer_marker: str = Field(default="####", min_length=1)
+    """Text before the final answer, for the grader `exact`."""
+
+    max_open_trees: int = Field(default=64, ge=1)
+    """Trees growing at once; more wait."""
+    max_trajectories: int = Field(default=256, ge=1)
+    """Most trajectories a prompt may ask for."""
+    lease_s: float = Field(default=600.0, gt=0)
+    """How long a lease lasts unless the caller says."""
+    max_returns: int = Field(default=5, ge=0)
+    """Nacks and lost leases after which a tree is dead."""
+    max_failures: int = Field(default=3, ge=1)
+    """Failed growths after which a prompt is dead."""
+    drain_timeout_s: float = Field(default=120.0, gt=0)
+    """Longest wait for running rollouts before a weight update is given up."""
+    shutdown_grace_s: float = Field(default=20.0, ge=0)
+    """How long calls in flight may go on after SIGTERM."""
+
+    strategy: str = "ib"
+    """Default branching strategy."""
+    schedule: str = "rounds"
+    """Default schedule of a tree's rollouts."""
+    init_rollouts: int = 4
+    """B0: default rollouts from the prompt."""
+    rounds: int = 9
+    """L: default rounds."""
+    branch_nodes: int = 1
+    """K: default nodes branched from in each later round."""
+    branch_rollouts: int = 1
+    """B: default rollouts from each of them."""
+    beta: float = 5.0
+    """Default beta of the information bottleneck."""
+    value_estimator: str = "mean"
+    """Default value estimator: mean or backup."""
+    confidence: str = "geometric"
+    """Default confidence: geometric, product or sibling."""
+    zero_value_ratio: float = 0.0
+    """Default value(child)/value(node) where value(node) is 0."""
+    temperature: float = 0.7
+    """Default sampling temperature."""
+    top_p: float = 0.95
+    """Default nucleus mass."""
+    top_k: int = 20
+    """Default number of tokens kept; -1 keeps all."""
+    max_new_tokens: int = 2048
+    """Default limit of one trajectory's generated tokens."""
+
+    def tree_options(self) -> TreeOptions:
+        """The defaults of a prompt that names no options. Raises FieldError."""
+        sampling = {name: getattr(self, name) for name in SamplingOptions.__dataclass_fields__}
+        outer = set(TreeOptions.__dataclass_fields__) & set(type(self).model_fields)
+        return TreeOptions(
+            sampling=SamplingOptions(**sampling), **{name: getattr(self, name) for name in outer}
+        )

@@ -1,0 +1,83 @@
+"""What SGLang 0.5.21 needs on a CPU without its own kernels.
+
+Imported at the top of the server's main module: SGLang's child processes are spawned, re-import
+that module and so get the same two stand-ins before they import sglang.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+import types
+from typing import Any, NoReturn
+
+ENGINE_VARIABLE = "SGLANG_USE_CPU_ENGINE"
+
+SERVER_ARGUMENTS = [
+    "--device=cpu",
+    "--attention-backend=torch_native",
+    "--grammar-backend=none",
+    "--disable-overlap-schedule",
+    "--mem-fraction-static=0.3",
+]
+"""Defaults under which SGLang runs on any CPU; what the operator passes after `--` comes later."""
+
+
+class _KernelStandIn(types.ModuleType):
+    """`sgl_kernel`: imported by modules the CPU engine loads, never called in the paths we use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def missing(*_: Any, **__: Any) -> NoReturn:
+            raise NotImplementedError(f"sgl_kernel.{name} has no CPU build")
+
+        return missing
+
+
+class _KernelFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `sgl_kernel` as a stand-in; its submodules stay missing, which SGLang copes with."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return importlib.machinery.ModuleSpec(name, self) if name == "sgl_kernel" else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _KernelStandIn(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class _TorchvisionFinder(importlib.abc.MetaPathFinder):
+    """Declares the operator that a CUDA torchvision misses beside a CPU torch, just in time."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            torch.library.define(
+                "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+
+
+def install() -> None:
+    """Puts the stand-ins in place if this process or an ancestor asked for the CPU engine."""
+    if os.environ.get(ENGINE_VARIABLE) != "1":
+        return
+    if not any(isinstance(finder, _KernelFinder) for finder in sys.meta_path):
+        sys.meta_path.append(_KernelFinder())  # last: a real sgl_kernel wins
+        sys.meta_path.insert(0, _TorchvisionFinder())
+
+
+def select() -> None:
+    """Chooses the CPU engine for this process and its children."""
+    os.environ[ENGINE_VARIABLE] = "1"
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    install()
+
+
+install()

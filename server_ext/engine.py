@@ -1,0 +1,211 @@
+"""The port to the inference engine, and its SGLang side (pinned: 0.5.21)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ibtree.errors import FieldError
+from ibtree.options import SamplingOptions
+from ibtree.tree import Finish
+from server_ext import cpu
+from server_ext.gate import Gate
+
+if TYPE_CHECKING:
+    import torch
+
+_BUCKET_BYTES = 512 * 1024 * 1024
+
+
+class EngineError(RuntimeError):
+    """The engine refused or lost a request, or an update of its weights."""
+
+
+class DrainTimeout(EngineError):
+    """Rollouts did not end in time for an update; the weights are as they were."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine generated for one request; `finish` is NONE if it was aborted.
+
+    `logprobs` are ln softmax(logits / temperature) before top-p and top-k [nats]; `versions` the
+    weight version of each token; `cached_tokens` of the `prefix_tokens` came from the radix cache.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+    finish: Finish
+    prefix_tokens: int
+    cached_tokens: int
+
+
+class Engine(Protocol):
+    """What the rest of the server needs of an engine."""
+
+    context_tokens: int
+    dtype: str
+
+    async def generate(
+        self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
+    ) -> Completion: ...
+
+    def abort(self, rid: str) -> None: ...
+
+    async def update_weights(
+        self, tensors: Sequence[tuple[str, torch.Tensor]], version: int
+    ) -> float: ...
+
+    def shutdown(self) -> None: ...
+
+
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class SglangEngine:
+    """`sgl.Engine` in this process; its scheduler and detokenizer are children.
+
+    Constructing it blocks until the model is loaded. Everything else runs on one event loop.
+    """
+
+    def __init__(
+        self, model: str, device: str, dtype: str, drain_timeout_s: float, arguments: Sequence[str]
+    ) -> None:
+        if device == "cpu":
+            cpu.select()
+        import sglang as sgl
+        from sglang.srt.server_args import prepare_server_args
+
+        defaults = cpu.SERVER_ARGUMENTS if device == "cpu" else []
+        ours = [f"--model-path={model}", f"--dtype={dtype}", "--weight-version=0", "--page-size=1"]
+        quiet = ["--log-level=error", "--skip-server-warmup"]
+        try:
+            server_args = prepare_server_args([*ours, *quiet, *defaults, *arguments])
+        except SystemExit as error:
+            raise FieldError("--", "SGLang rejected its arguments", "sglang's options") from error
+        self._engine = sgl.Engine(server_args=server_args)
+        manager = self._engine.tokenizer_manager
+        self.context_tokens = int(manager.model_config.context_len)
+        self.dtype = _SAFETENSORS_DTYPES[str(manager.model_config.dtype).removeprefix("torch.")]
+        self._tp_size = int(server_args.tp_size)
+        self._drain_timeout_s = drain_timeout_s
+        self._gate = Gate()
+
+    async def generate(
+        self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
+    ) -> Completion:
+        """One request; cancelling the caller aborts it. Raises EngineError."""
+        parameters = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_new_tokens": max_new_tokens,
+            "skip_special_tokens": False,
+        }
+        async with self._gate.rollout():
+            try:
+                out = await self._engine.async_generate(
+                    input_ids=list(token_ids),
+                    sampling_params=parameters,
+                    return_logprob=True,
+                    rid=rid,
+                )
+            except ValueError as error:
+                raise EngineError(f"request {rid}: {error}") from error
+        return _completion(out)
+
+    def abort(self, rid: str) -> None:
+        """Ends a running request early; its `generate` returns what it has."""
+        self._engine.tokenizer_manager.abort_request(rid)
+
+    async def update_weights(
+        self, tensors: Sequence[tuple[str, torch.Tensor]], version: int
+    ) -> float:
+        """Swaps weights between rollouts and empties the radix cache; returns the pause [s].
+
+        Rollouts in flight finish first, new ones wait. Raises EngineError; the engine may then
+        hold a mix of weights, and the caller must apply a whole version again or stop serving.
+        """
+        from sglang.srt.managers.io_struct import (
+            BeginWeightUpdateReqInput,
+            EndWeightUpdateReqInput,
+            UpdateWeightsFromTensorReqInput,
+        )
+        from sglang.srt.utils import MultiprocessingSerializer
+
+        manager = self._engine.tokenizer_manager
+        start = time.monotonic()
+        try:
+            async with self._gate.update(self._drain_timeout_s):
+                _check(await manager.begin_weight_update(BeginWeightUpdateReqInput(), None))
+                for bucket in _buckets(tensors):
+                    # one payload a rank: each is consumed by the rank that reads it
+                    parts = [
+                        MultiprocessingSerializer.serialize(bucket) for _ in range(self._tp_size)
+                    ]
+                    request = UpdateWeightsFromTensorReqInput(
+                        serialized_named_tensors=parts,
+                        flush_cache=False,
+                        weight_version=str(version),
+                    )
+                    _check(await manager.update_weights_from_tensor(request, None))
+                _check(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
+                await self._flush()
+        except TimeoutError as error:
+            problem = f"rollouts did not end within {self._drain_timeout_s} s; nothing was applied"
+            raise DrainTimeout(problem) from error
+        return time.monotonic() - start
+
+    async def _flush(self) -> None:
+        """Empties the radix cache: KV of the old weights must never serve the new ones."""
+        for _ in range(50):
+            # The scheduler refuses while an aborted request's last step is still in flight.
+            if (await self._engine.tokenizer_manager.flush_cache()).success:
+                return
+            await asyncio.sleep(0.02)
+        raise EngineError("the radix cache could not be flushed: requests are still running")
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
+
+
+def _buckets(
+    tensors: Sequence[tuple[str, torch.Tensor]],
+) -> list[list[tuple[str, torch.Tensor]]]:
+    buckets: list[list[tuple[str, torch.Tensor]]] = [[]]
+    size = 0
+    for name, tensor in tensors:
+        if size and size + tensor.nbytes > _BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append((name, tensor))
+        size += tensor.nbytes
+    return buckets
+
+
+def _check(result: tuple[bool, str]) -> None:
+    success, message = result
+    if not success:
+        raise EngineError(f"weight update failed: {message}")
+
+
+def _completion(out: dict[str, Any]) -> Completion:
+    meta = out["meta_info"]
+    pairs = meta["output_token_logprobs"]
+    reason = (meta["finish_reason"] or {}).get("type")
+    versions = [0] * len(pairs)
+    for span in meta["weight_versions"]:
+        start, end = span["start"], span["end"]
+        versions[start:end] = [int(span["version"])] * (end - start)
+    return Completion(
+        token_ids=tuple(int(token) for _, token, _ in pairs),
+        logprobs=tuple(float(logprob) for logprob, _, _ in pairs),
+        versions=tuple(versions),
+        finish={"stop": Finish.STOP, "length": Finish.LENGTH}.get(reason or "", Finish.NONE),
+        prefix_tokens=int(meta["prompt_tokens"]),
+        cached_tokens=int(meta["cached_tokens"]),
+    )

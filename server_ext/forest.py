@@ -1,0 +1,172 @@
+"""Every growing tree: checks prompts at the door, admits trees, joins engine, text and graders."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ibtree.errors import FieldError
+from ibtree.messages import Expansion, Prompt
+from ibtree.options import TreeOptions, check_choice
+from ibtree.tree import Step, Tree
+from server_ext.engine import Completion, Engine
+from server_ext.grow.grower import Grower, Rollout
+from server_ext.grow.segment import Segmenter
+from server_ext.grow.strategies import SCHEDULES, strategy_named
+from server_ext.rewards.base import Graders, Submission
+from server_ext.text import Tokenizer
+
+_MAX_ID_CHARACTERS = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked prompt: everything needed to grow its tree."""
+
+    tree_id: str
+    token_ids: tuple[int, ...]
+    answer: str
+    grader: str
+    options: TreeOptions
+
+
+class Forest:
+    """Grows trees; whoever grows one holds one of the `places` for open trees."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        segmenter: Segmenter,
+        graders: Graders,
+        *,
+        model_id: str,
+        defaults: TreeOptions,
+        default_grader: str,
+        max_trajectories: int,
+        max_open_trees: int,
+    ) -> None:
+        self.defaults, self.model_id = defaults, model_id
+        self._engine, self._tokenizer, self._segmenter = engine, tokenizer, segmenter
+        self._graders, self._default_grader = graders, default_grader
+        self._max_trajectories = max_trajectories
+        self.places = asyncio.Semaphore(max_open_trees)
+        check_job_names(defaults, graders, default_grader)
+
+    def check(self, prompt: Prompt) -> Job:
+        """The job of a prompt. Raises FieldError that names the field and what is allowed."""
+        if len(prompt.id) > _MAX_ID_CHARACTERS:
+            problem = f"{len(prompt.id)} characters"
+            raise FieldError("prompt.id", problem, f"at most {_MAX_ID_CHARACTERS}")
+        options = prompt.options or self.defaults
+        grader = prompt.grader or self._default_grader
+        check_job_names(options, self._graders, grader)
+        self._graders.check(grader, prompt.answer)
+        if options.trajectories > self._max_trajectories:
+            problem = f"the shape asks for {options.trajectories} trajectories"
+            allowed = f"at most {self._max_trajectories} (the server's --max-trajectories)"
+            raise FieldError("options.rounds", problem, allowed)
+        token_ids = self._token_ids(prompt)
+        # the engine keeps a place for one more token than it is asked to generate
+        longest = self._engine.context_tokens - options.sampling.max_new_tokens - 1
+        if len(token_ids) > longest:
+            raise FieldError(
+                "prompt",
+                f"{len(token_ids)} tokens",
+                f"at most {longest}: context {self._engine.context_tokens} minus "
+                f"sampling.max_new_tokens {options.sampling.max_new_tokens} minus 1",
+            )
+        tree_id = prompt.id or uuid.uuid4().hex
+        return Job(tree_id, token_ids, prompt.answer, grader, options)
+
+    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt.content, str):
+            token_ids = self._tokenizer.encode(prompt.content)
+        else:
+            token_ids = tuple(prompt.content)
+            for token in token_ids:
+                if not 0 <= token < len(self._tokenizer):
+                    allowed = f"0 to {len(self._tokenizer) - 1}"
+                    raise FieldError("prompt.token_ids", f"no token {token}", allowed)
+        if not token_ids:
+            raise FieldError("prompt", "empty", "at least one token of text or token_ids")
+        return token_ids
+
+    async def grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
+        """Grows the job's tree; hold one of `places`. `submitted_at` is Unix seconds."""
+        tree = Tree(
+            prompt=job.token_ids,
+            tree_id=job.tree_id,
+            model_id=self.model_id,
+            answer=job.answer,
+            options=job.options,
+        )
+        tree.ledger.queue_s = max(time.time() - submitted_at, 0.0)
+        sampler = _TreeSampler(self._engine, self._tokenizer, self._segmenter, self._graders, job)
+        return await Grower(tree, strategy_named(job.options.strategy), sampler, emit).grow()
+
+
+def check_job_names(options: TreeOptions, graders: Graders, grader: str) -> None:
+    """Raises FieldError for an unknown strategy, schedule or grader."""
+    strategy_named(options.strategy)
+    check_choice("options.schedule", options.schedule, SCHEDULES)
+    graders.named(grader)
+
+
+class _TreeSampler:
+    """The grower's sampler for one tree; request ids are `<tree>/<growth>/<rollout>`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        segmenter: Segmenter,
+        graders: Graders,
+        job: Job,
+    ) -> None:
+        self._engine, self._tokenizer, self._segmenter = engine, tokenizer, segmenter
+        self._job, self._grader = job, graders.named(job.grader)
+        # a prompt may be grown again after a failure while its old requests still die
+        self._growth = uuid.uuid4().hex[:8]
+        self._prompt_text = tokenizer.decode(job.token_ids, special=False)
+        self._in_flight: set[str] = set()
+
+    async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
+        prefix = tree.prefix(start)
+        rid = f"{tree.tree_id}/{self._growth}/{number}"
+        self._in_flight.add(rid)
+        try:
+            completion = await self._engine.generate(
+                rid,
+                (*tree.prompt, *prefix),
+                tree.options.sampling,
+                tree.options.sampling.max_new_tokens - len(prefix),
+            )
+        finally:
+            self._in_flight.discard(rid)
+        steps = self._steps(completion)
+        return Rollout(steps, completion.finish, completion.prefix_tokens, completion.cached_tokens)
+
+    def _steps(self, completion: Completion) -> list[Step]:
+        steps, at = [], 0
+        for length in self._segmenter.lengths(completion.token_ids):
+            span = slice(at, at + length)
+            steps.append(
+                Step(
+                    completion.token_ids[span], completion.logprobs[span], completion.versions[span]
+                )
+            )
+            at += length
+        return steps
+
+    async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
+        completion = self._tokenizer.decode(token_ids, special=False)
+        submission = Submission(self._prompt_text, completion, self._job.answer)
+        return await self._grader.grade(submission)
+
+    def abort(self, tree: Tree) -> None:
+        for rid in list(self._in_flight):
+            self._engine.abort(rid)

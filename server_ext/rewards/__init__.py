@@ -1,0 +1,1 @@
+"""Graders: outcome rewards in [0, 1] of finished trajectories."""

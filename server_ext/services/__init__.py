@@ -1,0 +1,1 @@
+"""The gRPC services, one file each: messages in, one call, messages out."""

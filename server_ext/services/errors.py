@@ -1,0 +1,41 @@
+"""Errors of the house as gRPC statuses."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import grpc
+
+from ibtree.errors import ConflictError, FieldError, PreconditionError, UnknownLeaseError
+from server_ext.engine import EngineError
+from server_ext.grow.grower import GrowthError
+
+_log = logging.getLogger(__name__)
+_CODES: dict[type[Exception], grpc.StatusCode] = {
+    FieldError: grpc.StatusCode.INVALID_ARGUMENT,
+    PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    ConflictError: grpc.StatusCode.ALREADY_EXISTS,
+    UnknownLeaseError: grpc.StatusCode.NOT_FOUND,
+    GrowthError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    EngineError: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class reported:
+    """Turns an error raised inside into the call's status, its text into the details."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+            return
+        for known, code in _CODES.items():
+            if isinstance(error, known):
+                await self._context.abort(code, str(error))
+        _log.error("a call failed", exc_info=error)
+        await self._context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")

@@ -1,0 +1,65 @@
+"""gRPC health, on the main port and, from the first second on, on a port of its own.
+
+The health port has its own threads: it answers NOT_SERVING while the engine loads, and again when
+the event loop has not turned for a while, so that a probe sees a hung server.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+SERVICES = (
+    "",
+    "ibtree.v1.TreeSamplingService",
+    "ibtree.v1.TreeQueueService",
+    "ibtree.v1.WeightsService",
+)
+_STALE_S = 60.0
+_WATCHES = 8
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Status of the server; `serving(True)` once it has generated, `beat` from the event loop."""
+
+    def __init__(self) -> None:
+        self._inner = health.HealthServicer()
+        self._beat = time.monotonic()
+        self.serving(False)
+
+    def serving(self, yes: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        for service in SERVICES:
+            self._inner.set(service, status.SERVING if yes else status.NOT_SERVING)
+        self._ready = yes
+
+    def beat(self) -> None:
+        """The event loop is alive."""
+        self._beat = time.monotonic()
+
+    def Check(self, request: Any, context: Any) -> Any:
+        if self._ready and time.monotonic() - self._beat > _STALE_S:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
+        return self._inner.Check(request, context)
+
+    def Watch(self, request: Any, context: Any, send: Any = None) -> Any:
+        return self._inner.Watch(request, context, send)
+
+    Watch.experimental_non_blocking = True  # type: ignore[attr-defined]
+
+
+def serve_health(servicer: Health, address: str) -> tuple[grpc.Server, int]:
+    """A started server on `address` and the port it took. Raises RuntimeError if it is in use."""
+    server = grpc.server(
+        ThreadPoolExecutor(2, thread_name_prefix="health"),
+        options=[("grpc.so_reuseport", 0)],
+        maximum_concurrent_rpcs=_WATCHES,
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    port = server.add_insecure_port(address)
+    server.start()
+    return server, port

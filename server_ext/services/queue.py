@@ -1,0 +1,98 @@
+"""TreeQueueService: leases over scored trees."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ibtree.messages import QueueStats
+from ibtree.options import check_range
+from ibtree.v1 import queue_pb2 as pb
+from ibtree.v1 import queue_pb2_grpc, tree_pb2
+from ibtree.wire_calls import stats_to_proto
+from server_ext.journal import Journal, Leased
+from server_ext.producer import JournalThread, Producer
+from server_ext.services.errors import reported
+
+_MAX_TREES = 1024
+_MAX_LEASE_S = 86400.0
+_MAX_WAIT_S = 600.0
+_MAX_RESPONSE_BYTES = 3 * 1024 * 1024  # below gRPC's default limit of 4 MiB
+
+
+class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
+    """See protos/ibtree/v1/queue.proto."""
+
+    def __init__(
+        self,
+        journal: JournalThread,
+        producer: Producer,
+        lease_s: float,
+        interactive: Callable[[], int],
+    ) -> None:
+        self._journal, self._producer = journal, producer
+        self._lease_s, self._interactive = lease_s, interactive
+
+    async def LeaseTrees(
+        self, request: pb.LeaseTreesRequest, context: Any
+    ) -> pb.LeaseTreesResponse:
+        async with reported(context):
+            check_range("max_trees", request.max_trees, 1, _MAX_TREES)
+            wait_s = request.wait_s if request.HasField("wait_s") else 0.0
+            check_range("wait_s", wait_s, 0.0, _MAX_WAIT_S)
+            lease_s = self._lease(request)
+            until = time.monotonic() + wait_s
+            leased: list[Leased] = []
+            while not leased:
+                leased = await self._journal(
+                    Journal.lease, request.max_trees, lease_s, _MAX_RESPONSE_BYTES
+                )
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    break
+                if not leased:  # look again at least every second: leases run out silently
+                    await self._producer.graded(min(left_s, 1.0))
+            return pb.LeaseTreesResponse(
+                leases=[
+                    pb.TreeLease(
+                        lease_id=one.lease_id,
+                        tree=tree_pb2.Tree.FromString(one.tree),
+                        returns=one.returns,
+                    )
+                    for one in leased
+                ]
+            )
+
+    async def ExtendLease(
+        self, request: pb.ExtendLeaseRequest, context: Any
+    ) -> pb.ExtendLeaseResponse:
+        async with reported(context):
+            lease_s = self._lease(request)
+            await self._journal(Journal.extend, list(request.lease_ids), lease_s)
+        return pb.ExtendLeaseResponse()
+
+    async def AckTrees(self, request: pb.AckTreesRequest, context: Any) -> pb.AckTreesResponse:
+        async with reported(context):
+            await self._journal(Journal.ack, list(request.lease_ids))
+        return pb.AckTreesResponse()
+
+    async def NackTrees(self, request: pb.NackTreesRequest, context: Any) -> pb.NackTreesResponse:
+        async with reported(context):
+            await self._journal(Journal.nack, list(request.lease_ids), request.reason)
+            await self._producer.wake_leasers()
+        return pb.NackTreesResponse()
+
+    async def GetQueueStats(
+        self, request: pb.GetQueueStatsRequest, context: Any
+    ) -> pb.GetQueueStatsResponse:
+        async with reported(context):
+            counts = await self._journal(Journal.counts)
+            named = {state.value: count for state, count in counts.items()}
+            return stats_to_proto(QueueStats(**named, interactive=self._interactive()))
+
+    def _lease(self, request: pb.LeaseTreesRequest | pb.ExtendLeaseRequest) -> float:
+        if not request.HasField("lease_s"):
+            return self._lease_s
+        check_range("lease_s", request.lease_s, 0.0, _MAX_LEASE_S, open_low=True)
+        return request.lease_s

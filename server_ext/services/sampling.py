@@ -1,0 +1,87 @@
+"""TreeSamplingService: grow a tree now, or queue prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ibtree.errors import FieldError
+from ibtree.tree import Tree
+from ibtree.v1 import sampling_pb2 as pb
+from ibtree.v1 import sampling_pb2_grpc
+from ibtree.wire import tree_to_proto
+from ibtree.wire_calls import expansion_to_proto, prompt_from_proto
+from server_ext.forest import Forest, Job
+from server_ext.journal import Journal
+from server_ext.producer import JournalThread, Producer
+from server_ext.services.errors import reported
+
+_MAX_PROMPTS = 10_000
+
+
+class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
+    """See protos/ibtree/v1/sampling.proto."""
+
+    def __init__(self, forest: Forest, journal: JournalThread, producer: Producer) -> None:
+        self._forest, self._journal, self._producer = forest, journal, producer
+        self.interactive = 0
+        """Trees growing for SampleTree calls now."""
+
+    async def SampleTree(
+        self, request: pb.SampleTreeRequest, context: Any
+    ) -> AsyncIterator[pb.SampleTreeResponse]:
+        async with reported(context):
+            job = self._forest.check(prompt_from_proto(request.prompt, self._forest.defaults))
+            async for message in self._events(job):
+                yield message
+
+    async def _events(self, job: Job) -> AsyncIterator[pb.SampleTreeResponse]:
+        arrived = time.time()
+        events: asyncio.Queue[pb.SampleTreeResponse] = asyncio.Queue()
+
+        async def grow() -> Tree:
+            async with self._forest.places:
+                return await self._forest.grow(
+                    job,
+                    lambda e: events.put_nowait(
+                        pb.SampleTreeResponse(expansion=expansion_to_proto(e))
+                    ),
+                    arrived,
+                )
+
+        growth = asyncio.create_task(grow())
+        self.interactive += 1
+        try:
+            while not growth.done() or not events.empty():
+                event = asyncio.create_task(events.get())
+                await asyncio.wait({growth, event}, return_when=asyncio.FIRST_COMPLETED)
+                if event.done():
+                    yield event.result()
+                else:
+                    event.cancel()
+            yield pb.SampleTreeResponse(tree=tree_to_proto(growth.result()))
+        finally:  # also when the caller cancels: its rollouts are aborted
+            self.interactive -= 1
+            growth.cancel()
+            await asyncio.wait({growth})
+
+    async def SubmitPrompts(
+        self, request: pb.SubmitPromptsRequest, context: Any
+    ) -> pb.SubmitPromptsResponse:
+        async with reported(context):
+            if not 1 <= len(request.prompts) <= _MAX_PROMPTS:
+                problem = f"got {len(request.prompts)}"
+                raise FieldError("prompts", problem, f"1 to {_MAX_PROMPTS} a call")
+            rows, seen = [], set()
+            for i, message in enumerate(request.prompts):
+                if not message.id or message.id in seen:
+                    problem = f"{message.id!r} is empty or stands twice in the call"
+                    raise FieldError(f"prompts[{i}].id", problem, "distinct ids")
+                seen.add(message.id)
+                self._forest.check(prompt_from_proto(message, self._forest.defaults))
+                rows.append((message.id, message.SerializeToString(deterministic=True)))
+            accepted, known = await self._journal(Journal.submit, rows)
+            self._producer.notify()
+            return pb.SubmitPromptsResponse(accepted=accepted, known=known)

@@ -1,0 +1,55 @@
+"""The model's tokenizer, as the server uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ibtree.errors import FieldError
+from server_ext.grow.segment import Segmenter
+
+
+class Tokenizer:
+    """Text <-> token ids of one model folder."""
+
+    def __init__(self, model: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise FieldError(
+                "model", f"{model} has no tokenizer that loads", "a HF folder"
+            ) from error
+
+    def __len__(self) -> int:
+        """Number of token ids, special tokens included."""
+        return len(self._tokenizer)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text))
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = True) -> str:
+        """Text of the ids; `special` keeps special tokens such as the end of sequence."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def segmenter(self, separator: str) -> Segmenter:
+        """Raises FieldError if the tokenizer cannot make the separator."""
+        made = self.decode(self._tokenizer.encode(separator, add_special_tokens=False))
+        if separator not in made:
+            raise FieldError(
+                "separator",
+                f"the model's tokenizer cannot make {separator!r} (it gives {made!r})",
+                "a text that survives encoding and decoding; set --separator",
+            )
+        last = separator[-1]
+        texts = self._tokenizer.batch_decode(
+            [[i] for i in range(len(self))], clean_up_tokenization_spaces=False
+        )
+        # A token may complete the separator only if its own text holds the last character; a
+        # character of several bytes can be spread over tokens, so then every token is tried.
+        closers = {i for i, text in enumerate(texts) if last in text} if last.isascii() else None
+        return Segmenter(self.decode, separator, closers)

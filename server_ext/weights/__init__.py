@@ -1,0 +1,1 @@
+"""Weight versions: received, verified, staged, applied, serving."""

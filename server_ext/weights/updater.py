@@ -1,0 +1,219 @@
+"""The life of a pushed weight version.
+
+announced ─▶ received ─▶ verified ─▶ staged ─▶ applied ─▶ serving
+    │            │           │          │         │
+    └────────────┴───────────┴──────────┴─────────┴──▶ rejected   (the old version serves on)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from ibtree.errors import FieldError, PreconditionError
+from ibtree.messages import PushOutcome
+from ibtree.weights import DTYPE_BYTES, TensorSpec, WeightManifest, describe
+from server_ext.engine import DrainTimeout, Engine
+from server_ext.weights.store import Serving, WeightStore
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+_HEADER_BYTES_PER_TENSOR = 4096
+
+
+class WeightState(StrEnum):
+    """Names as in protos/ibtree/v1/weights.proto, in lower case."""
+
+    ANNOUNCED = "announced"
+    RECEIVED = "received"
+    VERIFIED = "verified"
+    STAGED = "staged"
+    APPLIED = "applied"
+    SERVING = "serving"
+    REJECTED = "rejected"
+
+
+class MixedWeightsError(RuntimeError):
+    """An update failed half-way and the old version could not be put back: stop serving."""
+
+
+class WeightUpdater:
+    """Takes one push at a time."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: WeightStore,
+        model_dir: Path,
+        specs: Mapping[str, TensorSpec],
+        model_id: str,
+    ) -> None:
+        """`specs`: the model folder's tensors (names and shapes); the dtype is the engine's."""
+        self._engine, self._store, self._model_dir = engine, store, model_dir
+        self._specs, self.model_id = specs, model_id
+        self._lock = asyncio.Lock()
+        self.serving = Serving()
+        self.state = WeightState.SERVING
+        self.broken = asyncio.Event()
+        """Set when a mix of weights may be loaded: the process must end."""
+
+    @property
+    def dtype(self) -> str:
+        """safetensors dtype that is taken."""
+        return self._engine.dtype
+
+    async def restore(self) -> None:
+        """Serves the version that served before a restart. Raises FieldError if it is damaged."""
+        kept = self._store.serving()
+        if kept.version:
+            path = self._store.path(kept.version)
+            specs = await asyncio.to_thread(describe, path)
+            manifest = WeightManifest(kept.version, self.model_id, specs, path.stat().st_size)
+            if manifest.digest != kept.digest:
+                raise FieldError("data_dir", f"{path} is damaged", "remove it to start anew")
+            await self._load(kept.version)
+            self.serving = kept
+            _log.info("serving weight version %s again", kept.version)
+
+    async def push(self, manifest: WeightManifest, chunks: AsyncIterator[bytes]) -> PushOutcome:
+        """Receives, checks and serves a version; returns when it serves.
+
+        Raises PreconditionError (another model, not newer, tensors that do not fit), FieldError
+        (bytes that do not match the manifest), EngineError (not applied).
+        """
+        async with self._lock:
+            if (manifest.version, manifest.digest) == (self.serving.version, self.serving.digest):
+                return PushOutcome(manifest.version, WeightState.SERVING, manifest.digest, 0.0)
+            self._enter(WeightState.ANNOUNCED, manifest)
+            try:
+                self._check(manifest)
+                await self._receive(manifest, chunks)
+                self._enter(WeightState.RECEIVED, manifest)
+                await asyncio.to_thread(_verify, self._store.staging, manifest)
+                self._enter(WeightState.VERIFIED, manifest)
+                await asyncio.to_thread(self._store.keep, manifest.version)
+                self._enter(WeightState.STAGED, manifest)
+                pause_s = await self._finish(self._apply(manifest))
+            except BaseException:
+                if self.serving.version != manifest.version:
+                    self._enter(WeightState.REJECTED, manifest)
+                raise
+            return PushOutcome(manifest.version, self.state, manifest.digest, pause_s)
+
+    async def _finish(self, applying: Coroutine[Any, Any, float]) -> float:
+        """A caller that goes away must not leave half a version in the engine: it is applied to
+        the end, and only then the next push may begin."""
+        task = asyncio.ensure_future(applying)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            raise
+
+    def _enter(self, state: WeightState, manifest: WeightManifest) -> None:
+        """The one place where a version changes its state."""
+        _log.info("weight version %s: %s", manifest.version, state)
+        self.state = state
+
+    def _check(self, manifest: WeightManifest) -> None:
+        """Raises PreconditionError unless the announced tensors are exactly the model's."""
+        if manifest.model_id != self.model_id:
+            raise PreconditionError(
+                f"model_id: the weights are of model {manifest.model_id[:12]}…, this server runs "
+                f"{self.model_id[:12]}…; start the learner from the same model folder"
+            )
+        if manifest.base_version is not None:
+            raise PreconditionError("base_version: deltas are not taken; push a whole version")
+        if manifest.version <= self.serving.version:
+            raise PreconditionError(
+                f"version: {manifest.version} is not newer than the served {self.serving.version}"
+            )
+        names = [t.name for t in manifest.tensors]
+        for name in (
+            *sorted(set(names) - set(self._specs)),
+            *sorted(set(self._specs) - set(names)),
+        ):
+            known = "is missing" if name in self._specs else "is not in the model"
+            raise PreconditionError(f"tensors: {name!r} {known}; push exactly the model's tensors")
+        if len(set(names)) != len(names):
+            raise PreconditionError("tensors: a name stands twice; push each tensor once")
+        for t in manifest.tensors:
+            if t.shape != self._specs[t.name].shape:
+                expected = list(self._specs[t.name].shape)
+                raise PreconditionError(
+                    f"tensors: {t.name!r} has shape {list(t.shape)}, the model {expected}"
+                )
+            if t.dtype != self.dtype:
+                raise PreconditionError(
+                    f"tensors: {t.name!r} has dtype {t.dtype}, the server takes {self.dtype}"
+                )
+
+    async def _receive(self, manifest: WeightManifest, chunks: AsyncIterator[bytes]) -> None:
+        limit = manifest.file_bytes
+        data_bytes = sum(DTYPE_BYTES[t.dtype] * math.prod(t.shape) for t in manifest.tensors)
+        most = data_bytes + _HEADER_BYTES_PER_TENSOR * (len(manifest.tensors) + 1)
+        if not data_bytes < limit <= most:
+            raise FieldError("manifest.file_bytes", f"got {limit}", f"({data_bytes}, {most}]")
+        received = 0
+        with self._store.staging.open("wb") as file:
+            async for chunk in chunks:
+                received += len(chunk)
+                if received > limit:
+                    raise FieldError("chunk", f"more than {limit} bytes", "the announced size")
+                await asyncio.to_thread(file.write, chunk)
+        if received != limit:
+            raise FieldError("chunk", f"the stream ended after {received} bytes", f"{limit}")
+
+    async def _apply(self, manifest: WeightManifest) -> float:
+        serving = Serving(manifest.version, manifest.digest)
+        try:
+            pause_s = await self._load(manifest.version)
+        except DrainTimeout:
+            raise
+        except Exception:
+            await self._put_back()
+            raise
+        self._enter(WeightState.APPLIED, manifest)
+        await asyncio.to_thread(self._store.serve, serving)
+        self.serving = serving
+        self._enter(WeightState.SERVING, manifest)
+        return pause_s
+
+    async def _load(self, version: int) -> float:
+        tensors = await asyncio.to_thread(self._tensors, version)
+        return await self._engine.update_weights(tensors, version)
+
+    def _tensors(self, version: int) -> list[tuple[str, torch.Tensor]]:
+        files = [self._store.path(version)] if version else self._model_dir.glob("*.safetensors")
+        return [item for path in sorted(files) for item in load_file(path).items()]
+
+    async def _put_back(self) -> None:
+        _log.exception("an update failed half-way; putting version %s back", self.serving.version)
+        try:
+            await self._load(self.serving.version)
+        except Exception as error:
+            self.broken.set()
+            raise MixedWeightsError("the old weights could not be put back") from error
+
+
+def _verify(path: Path, manifest: WeightManifest) -> None:
+    """Raises FieldError unless the file holds exactly the announced tensors."""
+    found = {t.name: t for t in describe(path)}
+    for announced in manifest.tensors:
+        tensor = found.pop(announced.name, None)
+        if tensor is None:
+            raise FieldError("weights", f"{announced.name} is not in the file", "as announced")
+        if tensor != announced:
+            what = "digest" if tensor.sha256 != announced.sha256 else "dtype or shape"
+            raise FieldError("weights", f"wrong {what} of {announced.name}", "as announced")
+    for name in found:
+        raise FieldError("weights", f"the file holds {name}, not announced", "as announced")
