@@ -85,6 +85,7 @@ class Intake:
             self._hold(got)
             leases += [one for one in got if one.tree.tree_id not in self._state.trained]
             self.keep_alive()
+            leases = [one for one in leases if one.lease_id in self._held]
             if not got:
                 stats = self._client.queue_stats()
                 if not stats.queued + stats.growing + stats.graded and leases:

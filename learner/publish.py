@@ -23,7 +23,7 @@ class Publisher:
         """Waits for the server. Raises PreconditionError if it runs another model."""
         self._client, self._patience_s = client, patience_s
         self._file = out_dir / "publish.safetensors"
-        self._names = set(checkpoint_specs(model_dir))
+        self._names = sorted(checkpoint_specs(model_dir))
         self._model_id = model_identity(model_dir)
         served = client.get_weights(timeout_s=patience_s, wait=True)
         if served.model_id != self._model_id:
@@ -33,14 +33,17 @@ class Publisher:
             )
         self._dtype = _DTYPES[served.dtype]
 
-    def publish(self, model: Any, state: TrainState) -> float:
-        """Pushes the weights as version `state.version`; returns the server's pause [seconds]."""
+    def stage(self, model: Any, state: TrainState) -> None:
+        """Writes the weights as version `state.version` and notes its digest in the state."""
         weights = weights_of(model)
-        save_file({name: weights[name].to(self._dtype) for name in sorted(self._names)}, self._file)
-        manifest = make_manifest(self._file, state.version, self._model_id)
-        state.version_digest = manifest.digest.hex()
+        save_file({name: weights[name].to(self._dtype) for name in self._names}, self._file)
+        self._manifest = make_manifest(self._file, state.version, self._model_id)
+        state.version_digest = self._manifest.digest.hex()
+
+    def push(self) -> float:
+        """Pushes the staged version; returns the server's pause [seconds]."""
         outcome = self._client.push_weights(
-            manifest, self._file, timeout_s=self._patience_s, wait=True
+            self._manifest, self._file, timeout_s=self._patience_s, wait=True
         )
         return outcome.pause_s
 
@@ -52,4 +55,5 @@ class Publisher:
         served = self._client.get_weights(timeout_s=self._patience_s, wait=True)
         if (served.version, served.digest.hex()) != (state.version, state.version_digest):
             state.version = max(served.version, state.version) + 1
-            self.publish(model, state)
+            self.stage(model, state)
+            self.push()

@@ -1,0 +1,32 @@
+"""`ibtpo-learner`: parses the command line and trains."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def main() -> None:
+    """Exits 0 when the run is done or was told to stop, with one line for what went wrong."""
+    from learner.config import LearnerConfig
+
+    config = LearnerConfig.load("ibtpo-learner", sys.argv[1:])
+
+    from ibtree.client import RpcFailed
+    from ibtree.errors import FieldError, PreconditionError
+    from learner.intake import QueueDry
+    from learner.loop import train
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        train(config)
+    except FieldError as error:
+        sys.exit(f"ibtpo-learner: --{error}")
+    except (PreconditionError, RpcFailed, QueueDry) as error:
+        sys.exit(f"ibtpo-learner: {error}")
+
+
+if __name__ == "__main__":
+    main()
