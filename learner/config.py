@@ -35,6 +35,8 @@ class LearnerConfig(Settings):
 
     steps: int = Field(default=200, ge=1)
     """Optimiser steps of the whole run."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Generated tokens after which the run ends, whatever its steps. Empty: no limit."""
     prompts_per_step: int = Field(default=32, ge=1)
     """Trees a step trains on."""
     prompts_ahead_steps: float = Field(default=1.0, ge=0)

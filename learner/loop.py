@@ -55,10 +55,10 @@ def train(config: LearnerConfig) -> None:
             if state.step == 0:
                 _evaluate(config, held_out, state, report)
             try:
-                while state.step < config.steps and not stop:
+                while not _done(config, state) and not stop:
                     _step(config, intake, trainer, checkpoints, publisher, state, report)
                     every = config.eval_every_steps
-                    if state.step == config.steps or (every and state.step % every == 0):
+                    if _done(config, state) or (every and state.step % every == 0):
                         _evaluate(config, held_out, state, report)
             finally:
                 intake.give_back("the learner stops")
@@ -93,8 +93,7 @@ def _step(
         state.version += 1
         publisher.stage(trainer.policy, state)
     with report.phase("checkpoint"):
-        last = state.step == config.steps
-        if last or state.step % config.checkpoint_every_steps == 0:
+        if _done(config, state) or state.step % config.checkpoint_every_steps == 0:
             checkpoints.save(trainer.policy, trainer.optimizer, state)
             intake.ack()
     with report.phase("publish"):
@@ -102,6 +101,11 @@ def _step(
     report.step(state.step, means)
     if means["log_prob_gap_mean"] > config.log_prob_gap_alarm:
         report.say(f"warning: engine and trainer differ by {means['log_prob_gap_mean']:.3g} nats")
+
+
+def _done(config: LearnerConfig, state: TrainState) -> bool:
+    limit = config.max_tokens
+    return state.step >= config.steps or (limit is not None and state.tokens >= limit)
 
 
 def _fresh(leases: list[TreeLease], version: int, bound: int | None) -> tuple[list[TreeLease], int]:

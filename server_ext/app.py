@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -84,6 +85,8 @@ async def _serve(
     )
     stack.callback(lambda: health_server.stop(0).wait())
 
+    if config.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # read by the engine's processes
     engine = SglangEngine(
         str(config.model), config.device, config.dtype, config.drain_timeout_s, sglang_arguments
     )

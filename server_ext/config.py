@@ -26,6 +26,9 @@ class ServerConfig(Settings):
     """Where SGLang runs."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision the model runs in; the learner sends weights in it."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of each engine process; 0 leaves its default, all cores. A small model beside
+    other busy processes is many times faster with 1: threads wait for each other at every layer."""
     host: str = "127.0.0.1"
     """Address to listen on. There is no authentication: keep it on a network you trust."""
     port: int = Field(default=7300, ge=0, le=65535)

@@ -1,0 +1,51 @@
+# Every target does its own set-up. Python 3.11 is all that a machine needs.
+PYTHON ?= python3.11
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := .venv/.ready
+PROTOS := $(wildcard protos/ibtree/v1/*.proto)
+
+.PHONY: setup demo test lint protos bench soak clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+# Plain pip with pinned versions. torch first: nothing after it may pull another build. sglang and
+# torchvision go in without their dependencies, which ask for gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-deps sglang==0.5.21 torchvision==0.26.0
+	touch $@
+
+# COMPARE=1 also trains GRPO at the same token budget.
+demo: setup
+	$(PY) examples/arith/demo.py $(if $(COMPARE),--compare)
+
+test: setup lint
+	$(PY) -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+protos: setup
+	rm -f ibtree/v1/*_pb2*
+	PATH=.venv/bin:$$PATH $(PY) -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. \
+	  --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
+
+# `make bench-NAME` prints a table and writes benchmarks/out/NAME.json; `make bench` runs them all.
+bench: $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py))
+
+bench-%: setup
+	$(PY) benchmarks/bench_$*.py
+
+# The tests' kill loops at full length.
+soak: setup
+	IBTPO_SOAK=1 $(PY) -m pytest tests/fault
+
+clean:
+	rm -rf .venv runs benchmarks/out
