@@ -29,6 +29,7 @@ from ibtree.weights import WeightManifest
 
 DEFAULT_TARGET = "127.0.0.1:7300"
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_REMEDY = "start ibtpo-server or give its address"
 _SERVICES = ("TreeSamplingService", "TreeQueueService", "WeightsService")
 _RETRY = {
     "maxAttempts": 5,
@@ -67,7 +68,9 @@ class RpcFailed(RuntimeError):
 def _failed(method: str, target: str, error: grpc.RpcError) -> NoReturn:
     code, details = error.code(), error.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
-        details = "no server answers there; start ibtpo-server or give its address"
+        details = f"no server answers there; {_REMEDY}"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
+        details = f"no answer in time; {_REMEDY}"
     raise RpcFailed(method, target, code, details) from error
 
 

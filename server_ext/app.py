@@ -61,8 +61,6 @@ async def _serve(
 ) -> None:
     _exit_on_signal()
     model_id = model_identity(config.model)
-    tokenizer = Tokenizer(config.model)
-    segmenter = tokenizer.segmenter(config.separator)
     graders = Graders(
         {
             "exact": ExactGrader(config.answer_marker),
@@ -84,6 +82,8 @@ async def _serve(
         "health-port", config.health_port, partial(_start_health, health, config.host)
     )
     stack.callback(lambda: health_server.stop(0).wait())
+    tokenizer = Tokenizer(config.model)
+    segmenter = tokenizer.segmenter(config.separator)
 
     if config.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)  # read by the engine's processes

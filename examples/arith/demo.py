@@ -9,11 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,107 +20,43 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import task
+from processes import (
+    MODEL,
+    SAMPLING,
+    Ended,
+    Process,
+    command,
+    running,
+    server_command,
+    wait_until_serving,
+)
 from report import Run, write_report
 
 from ibtree import Client, Prompt, Tree
 from ibtree.client import RpcFailed
 
-HERE = Path(__file__).parent
-MODEL = HERE / "model"
 TERMS = 6
 TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 4096, 256
-SAMPLING = ["--temperature=1", "--top-p=1", "--top-k=-1", "--max-new-tokens=96"]
-START_TIMEOUT_S, STOP_TIMEOUT_S = 120.0, 30.0
-
-
-class Ended(RuntimeError):
-    """A process of the demo ended by itself."""
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the process, and at last SIGKILL to everything it started."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @contextlib.contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, so that Ctrl-C reaches only the demo, which stops it."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        # a second Ctrl-C must not leave anything behind
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            stop(process)
-        finally:
-            signal.signal(signal.SIGINT, before)
+def server(out: Path, name: str) -> Iterator[str]:
+    """The address of a server that starts from the untrained model."""
+    line = server_command(out / f"{name}-server")
+    with running(line, out / f"{name}-server.log") as process:
+        yield wait_until_serving(process)[0]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def server(out: Path) -> Iterator[str]:
-    """The server's address, once it has generated its first token."""
-    port = free_port()
-    command = [
-        str(Path(sys.executable).with_name("ibtpo-server")),
-        f"--model={MODEL}",
-        "--device=cpu",
-        "--dtype=float32",
-        f"--port={port}",
-        "--health-port=0",
-        f"--data-dir={out / 'server'}",
-        "--grader=exact",
-        "--threads=1",
-        *SAMPLING,
-        "--",
-        "--max-total-tokens=60000",
-    ]
-    log = out / "server.log"
-    with started(command, log) as process:
-        target = f"127.0.0.1:{port}"
-        until = time.monotonic() + START_TIMEOUT_S
-        with Client(target) as client:
-            while True:
-                if process.poll() is not None:
-                    raise Ended(f"the server ended; its last words:\n{tail(log)}")
-                with contextlib.suppress(RpcFailed):
-                    client.get_weights(timeout_s=1.0)
-                    break
-                if time.monotonic() > until:
-                    raise Ended(f"the server did not start; see {log}")
-                time.sleep(0.2)
-        yield target
-
-
-def tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-
-
-def follow(process: subprocess.Popen[bytes], metrics: Path) -> None:
+def follow(process: Process, metrics: Path) -> None:
     """Shows the learner's figures as they come, until it ends."""
     seen = 0
     while True:
-        running = process.poll() is None
+        alive = process.running()
         rows = metrics.read_text().splitlines() if metrics.is_file() else []
         for line in rows[seen:]:
             show(json.loads(line))
         seen = len(rows)
-        if not running:
+        if not alive:
             return
         time.sleep(0.3)
 
@@ -141,9 +74,9 @@ def show(row: dict[str, Any]) -> None:
 
 def learn(target: str, out: Path, name: str, arguments: list[str]) -> list[dict[str, Any]]:
     """Trains with these arguments; returns the rows of metrics.jsonl."""
-    folder, log = out / name, out / f"{name}.log"
-    command = [
-        str(Path(sys.executable).with_name("ibtpo-learner")),
+    folder = out / name
+    line = command(
+        "ibtpo-learner",
         f"--server={target}",
         f"--model={MODEL}",
         f"--prompts={out / 'train.jsonl'}",
@@ -157,11 +90,11 @@ def learn(target: str, out: Path, name: str, arguments: list[str]) -> list[dict[
         "--kl-weight=0",
         *SAMPLING,
         *arguments,
-    ]
-    with started(command, log) as process:
+    )
+    with running(line, out / f"{name}.log") as process:
         follow(process, folder / "metrics.jsonl")
-        if process.returncode:
-            raise Ended(f"the learner ended; its last words:\n{tail(log)}")
+        if process.popen.returncode:
+            raise Ended(f"the learner ended; its last words:\n{process.last_words()}")
     return read_rows(folder / "metrics.jsonl")
 
 
@@ -183,7 +116,7 @@ def sample_tree(target: str, problem: task.Problem) -> tuple[Tree, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=25, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=30, help="optimiser steps")
     parser.add_argument("--compare", action="store_true", help="also train GRPO")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -205,7 +138,7 @@ def demo(out: Path, steps: int, compare: bool) -> None:
 
     print("Starting SGLang on the CPU …", flush=True)
     shape = ["--init-rollouts=4", "--rounds=9", "--branch-nodes=1", "--branch-rollouts=1"]
-    with server(out) as target:
+    with server(out, "ib-tpo") as target:
         tree, texts = sample_tree(target, held_out[0])
         print(f"IB-TPO: {steps} steps of 32 trees, (B0, L, K, B) = (4, 9, 1, 1)", flush=True)
         evaluate = f"--eval-every-steps={max(steps // 2, 1)}"
@@ -227,7 +160,7 @@ def grpo(out: Path, ib_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     steps = [row for row in ib_rows if row["kind"] == "step"]
     budget, per_step = steps[-1]["tokens"], steps[0]["generated_tokens"]
     print("GRPO: groups of 8 independent rollouts, the same number of generated tokens", flush=True)
-    with server(out) as target:
+    with server(out, "grpo") as target:
         return learn(
             target,
             out,

@@ -66,7 +66,9 @@ class TreeLease(_message.Message):
     returns: _builtins.int
     """Times the tree was nacked or its lease ran out before."""
     @_builtins.property
-    def tree(self) -> _tree_pb2.Tree: ...
+    def tree(self) -> _tree_pb2.Tree:
+        """The scored tree."""
+
     def __init__(
         self,
         *,
@@ -88,7 +90,9 @@ class LeaseTreesResponse(_message.Message):
 
     LEASES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___TreeLease]: ...
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___TreeLease]:
+        """Empty: no tree was ready in time."""
+
     def __init__(
         self,
         *,
@@ -111,7 +115,9 @@ class ExtendLeaseRequest(_message.Message):
     lease_s: _builtins.float
     """From now, in (0, 86400]. [seconds] Absent: the server's default."""
     @_builtins.property
-    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Leases to prolong; all or none."""
+
     def __init__(
         self,
         *,
@@ -149,7 +155,9 @@ class AckTreesRequest(_message.Message):
 
     LEASE_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Leases to end; all or none."""
+
     def __init__(
         self,
         *,
@@ -187,7 +195,9 @@ class NackTreesRequest(_message.Message):
     reason: _builtins.str
     """Kept with the tree and shown when it is dead. Empty: no reason given."""
     @_builtins.property
-    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Leases whose trees go back; all or none."""
+
     def __init__(
         self,
         *,

@@ -48,6 +48,7 @@ class TreeQueueServiceStub:
     NackTrees: _grpc.UnaryUnaryMultiCallable[_queue_pb2.NackTreesRequest, _queue_pb2.NackTreesResponse]
     """Gives trees back, to be leased again or, after too many nacks, to be dead."""
     GetQueueStats: _grpc.UnaryUnaryMultiCallable[_queue_pb2.GetQueueStatsRequest, _queue_pb2.GetQueueStatsResponse]
+    """Trees by state."""
 
 @_typing.type_check_only
 class TreeQueueServiceAsyncStub(TreeQueueServiceStub):
@@ -69,6 +70,7 @@ class TreeQueueServiceAsyncStub(TreeQueueServiceStub):
     NackTrees: _aio.UnaryUnaryMultiCallable[_queue_pb2.NackTreesRequest, _queue_pb2.NackTreesResponse]  # type: ignore[assignment]
     """Gives trees back, to be leased again or, after too many nacks, to be dead."""
     GetQueueStats: _aio.UnaryUnaryMultiCallable[_queue_pb2.GetQueueStatsRequest, _queue_pb2.GetQueueStatsResponse]  # type: ignore[assignment]
+    """Trees by state."""
 
 class TreeQueueServiceServicer(metaclass=_abc_1.ABCMeta):
     """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
@@ -116,6 +118,7 @@ class TreeQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _queue_pb2.GetQueueStatsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_queue_pb2.GetQueueStatsResponse, _abc.Awaitable[_queue_pb2.GetQueueStatsResponse]]: ...
+    ) -> _typing.Union[_queue_pb2.GetQueueStatsResponse, _abc.Awaitable[_queue_pb2.GetQueueStatsResponse]]:
+        """Trees by state."""
 
 def add_TreeQueueServiceServicer_to_server(servicer: TreeQueueServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,9 @@ class GradeRequest(_message.Message):
 
     TRAJECTORIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def trajectories(self) -> _containers.RepeatedCompositeFieldContainer[Global___Trajectory]: ...
+    def trajectories(self) -> _containers.RepeatedCompositeFieldContainer[Global___Trajectory]:
+        """At least one."""
+
     def __init__(
         self,
         *,

@@ -97,7 +97,9 @@ class SampleTreeRequest(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def prompt(self) -> Global___Prompt: ...
+    def prompt(self) -> Global___Prompt:
+        """The question. Must be there."""
+
     def __init__(
         self,
         *,
@@ -136,6 +138,7 @@ class Expansion(_message.Message):
     reward: _builtins.float
     """Its reward in [0, 1]."""
     finish_reason: _tree_pb2.FinishReason.ValueType
+    """How it ended."""
     trajectories: _builtins.int
     """Trajectories in the tree so far, this one included."""
     target_trajectories: _builtins.int
@@ -167,7 +170,9 @@ class SampleTreeResponse(_message.Message):
     EXPANSION_FIELD_NUMBER: _builtins.int
     TREE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def expansion(self) -> Global___Expansion: ...
+    def expansion(self) -> Global___Expansion:
+        """A rollout has finished."""
+
     @_builtins.property
     def tree(self) -> _tree_pb2.Tree:
         """The last message of the stream."""

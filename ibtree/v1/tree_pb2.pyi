@@ -168,7 +168,9 @@ class TreeOptions(_message.Message):
     max_generated_tokens: _builtins.int
     """Generated tokens after which no rollout is started, >= 1. Absent: no limit."""
     @_builtins.property
-    def sampling(self) -> Global___SamplingOptions: ...
+    def sampling(self) -> Global___SamplingOptions:
+        """How tokens are drawn. Absent: the server's defaults."""
+
     def __init__(
         self,
         *,
@@ -318,6 +320,7 @@ class Tree(_message.Message):
     model_id: _builtins.str
     """Identity of the model that generated it (see WeightsService.GetWeights)."""
     stop_cause: Global___StopCause.ValueType
+    """Why it stopped growing. UNSPECIFIED: it did not."""
     answer: _builtins.str
     """The prompt's reference answer. Empty: it had none."""
     first_round_reward: _builtins.float
@@ -387,7 +390,9 @@ class Tree(_message.Message):
         """The options the tree was grown with, every default filled in."""
 
     @_builtins.property
-    def ledger(self) -> Global___Ledger: ...
+    def ledger(self) -> Global___Ledger:
+        """What the tree cost. Absent: unknown."""
+
     def __init__(
         self,
         *,

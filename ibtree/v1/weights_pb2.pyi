@@ -77,7 +77,9 @@ class TensorSpec(_message.Message):
     sha256: _builtins.bytes
     """SHA-256 of the tensor's bytes, little endian, row major. [32 bytes]"""
     @_builtins.property
-    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Size of each dimension. Empty: a scalar."""
+
     def __init__(
         self,
         *,
@@ -143,7 +145,9 @@ class PushWeightsRequest(_message.Message):
     chunk: _builtins.bytes
     """The next bytes of the file, at most 2 MiB."""
     @_builtins.property
-    def manifest(self) -> Global___WeightManifest: ...
+    def manifest(self) -> Global___WeightManifest:
+        """The first message, and only the first."""
+
     def __init__(
         self,
         *,
@@ -169,7 +173,9 @@ class PushWeightsResponse(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     PAUSE_S_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    """The pushed version."""
     state: Global___WeightState.ValueType
+    """SERVING."""
     digest: _builtins.bytes
     """Digest of the version (as in GetWeightsResponse.digest)."""
     pause_s: _builtins.float

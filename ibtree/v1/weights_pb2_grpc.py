@@ -64,7 +64,8 @@ class WeightsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetWeights(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """What is served, and how the last push fared.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

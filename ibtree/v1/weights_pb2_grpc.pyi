@@ -42,6 +42,7 @@ class WeightsServiceStub:
     lacks or that has another shape or dtype. INVALID_ARGUMENT: a digest that does not match.
     """
     GetWeights: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]
+    """What is served, and how the last push fared."""
 
 @_typing.type_check_only
 class WeightsServiceAsyncStub(WeightsServiceStub):
@@ -57,6 +58,7 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     lacks or that has another shape or dtype. INVALID_ARGUMENT: a digest that does not match.
     """
     GetWeights: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]  # type: ignore[assignment]
+    """What is served, and how the last push fared."""
 
 class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
@@ -80,6 +82,7 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _weights_pb2.GetWeightsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_weights_pb2.GetWeightsResponse, _abc.Awaitable[_weights_pb2.GetWeightsResponse]]: ...
+    ) -> _typing.Union[_weights_pb2.GetWeightsResponse, _abc.Awaitable[_weights_pb2.GetWeightsResponse]]:
+        """What is served, and how the last push fared."""
 
 def add_WeightsServiceServicer_to_server(servicer: WeightsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

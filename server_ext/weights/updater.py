@@ -15,8 +15,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-
 from ibtree.errors import FieldError, PreconditionError
 from ibtree.messages import PushOutcome
 from ibtree.weights import DTYPE_BYTES, TensorSpec, WeightManifest, describe
@@ -193,6 +191,8 @@ class WeightUpdater:
         return await self._engine.update_weights(tensors, version)
 
     def _tensors(self, version: int) -> list[tuple[str, torch.Tensor]]:
+        from safetensors.torch import load_file  # imports torch: not before it is needed
+
         files = [self._store.path(version)] if version else self._model_dir.glob("*.safetensors")
         return [item for path in sorted(files) for item in load_file(path).items()]
 

@@ -1,0 +1,123 @@
+"""A server and a learner as processes of their own, stopped whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "model"
+SAMPLING = ("--temperature=1", "--top-p=1", "--top-k=-1", "--max-new-tokens=96")
+START_TIMEOUT_S, STOP_TIMEOUT_S = 180.0, 30.0
+_READY = re.compile(r"serving on (\S+:\d+) \(health (\d+)\)")
+
+
+class Ended(RuntimeError):
+    """A process ended by itself, or did not come up."""
+
+
+class Process:
+    """A command in a session of its own: Ctrl-C in the terminal reaches only its starter."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as file:
+            self.popen = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def running(self) -> bool:
+        return self.popen.poll() is None
+
+    def kill(self) -> None:
+        """SIGKILL to the process and everything it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        self.popen.wait()
+
+    def stop(self) -> None:
+        """SIGTERM to the process; at last, or at once if it takes too long, `kill`."""
+        if self.running():
+            self.popen.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(STOP_TIMEOUT_S)
+        self.kill()
+
+    def last_words(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+
+class _SignalsHeld:
+    """Keeps SIGINT and SIGTERM back until the block ends, so that it happens as a whole."""
+
+    def __enter__(self) -> None:
+        self._came: list[int] = []
+        self._before = {
+            number: signal.signal(number, lambda came, _: self._came.append(came))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        for number in self._came[:1]:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def running(line: Sequence[str], log: Path) -> Iterator[Process]:
+    """Starts a command and stops it at the end, wherever an interruption comes."""
+    process = None
+    try:
+        with _SignalsHeld():
+            process = Process(line, log)
+        yield process
+    finally:
+        with _SignalsHeld():
+            if process:
+                process.stop()
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    """The command line of one of the project's console scripts in this environment."""
+    return [str(Path(sys.executable).with_name(name)), *arguments]
+
+
+def server_command(
+    data_dir: Path, *arguments: str, model: Path = MODEL, port: int = 0
+) -> list[str]:
+    """An ibtpo-server of the arith model on the CPU."""
+    return command(
+        "ibtpo-server",
+        f"--model={model}",
+        "--device=cpu",
+        "--dtype=float32",
+        "--threads=1",
+        f"--port={port}",
+        "--health-port=0",
+        f"--data-dir={data_dir}",
+        "--grader=exact",
+        *SAMPLING,
+        *arguments,
+        "--",
+        "--max-total-tokens=60000",
+    )
+
+
+def wait_until_serving(process: Process) -> tuple[str, str]:
+    """Addresses of gRPC and of health, once the server has generated its first token."""
+    until = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < until:
+        if found := _READY.findall(process.log.read_text(errors="replace")):
+            address, health = found[-1]
+            return address, f"{address.rpartition(':')[0]}:{health}"
+        if not process.running():
+            raise Ended(f"the server ended; its last words:\n{process.last_words()}")
+        time.sleep(0.1)
+    raise Ended(f"the server did not start; see {process.log}")

@@ -1,0 +1,24 @@
+"""Fixtures of every test: torch on one thread, and one real engine for the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the engine shares the two cores
+
+from tests.engine import Server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The session's ibtpo-server of the arith model: a real SGLang engine on the CPU."""
+    server = Server(Path(tmp_path_factory.mktemp("server")))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

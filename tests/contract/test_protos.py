@@ -1,0 +1,58 @@
+"""The checked-in stubs are what the .proto files give, and every field says what it means."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROTOS = sorted((ROOT / "protos/ibtree/v1").glob("*.proto"))
+
+
+def test_stubs_do_not_drift(tmp_path: Path) -> None:
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "grpc_python")]
+    typed = [f"--{kind}_out=quiet:{tmp_path}" for kind in ("mypy", "mypy_grpc")]
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "grpc_tools.protoc",
+            "-I",
+            ROOT / "protos",
+            *outputs,
+            *typed,
+            *PROTOS,
+        ],
+        check=True,
+        env={"PATH": path},
+    )
+    made = {p.name: p.read_bytes() for p in (tmp_path / "ibtree/v1").iterdir()}
+    kept = {p.name: p.read_bytes() for p in (ROOT / "ibtree/v1").glob("*_pb2*")}
+    assert made == kept, "run `make protos`"
+
+
+@pytest.mark.parametrize("path", PROTOS, ids=lambda p: p.stem)
+def test_every_field_and_rpc_is_documented(path: Path) -> None:
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    bare = []
+    for before, line in pairwise(lines):
+        field = " = " in line and not line.startswith(("//", "syntax"))
+        obvious = "_UNSPECIFIED = 0" in line
+        if (field or line.startswith(("rpc ", "service "))) and not obvious:
+            bare += [line] if not before.startswith("//") else []
+    assert not bare, f"{path.name}: no comment above {bare}"
+
+
+@pytest.mark.parametrize("path", PROTOS, ids=lambda p: p.stem)
+def test_names_follow_the_package(path: Path) -> None:
+    text = path.read_text()
+    assert "package ibtree.v1;" in text and 'syntax = "proto3";' in text
+    for line in text.splitlines():
+        if line.strip().startswith("rpc "):
+            name = line.split("rpc ")[1].split("(")[0]
+            assert f"{name}Request)" in line and f"{name}Response)" in line

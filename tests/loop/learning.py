@@ -1,0 +1,41 @@
+"""Short learner runs of the arith task for tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import task
+from processes import MODEL, SAMPLING, command
+
+
+def write_prompts(folder: Path, terms: int = 6) -> None:
+    train, held_out = task.split(512, 128, terms, seed=2)
+    task.write_jsonl(folder / "train.jsonl", train)
+    task.write_jsonl(folder / "held_out.jsonl", held_out)
+
+
+def learner_command(address: str, folder: Path, *arguments: str) -> list[str]:
+    return command(
+        "ibtpo-learner",
+        f"--server={address}",
+        f"--model={MODEL}",
+        f"--prompts={folder / 'train.jsonl'}",
+        f"--out-dir={folder / 'run'}",
+        "--device=cpu",
+        "--threads=1",
+        "--grader=exact",
+        "--lr=5e-4",
+        "--prompts-ahead-steps=0",
+        "--kl-weight=0",
+        "--lease-s=60",
+        *SAMPLING,
+        *arguments,
+    )
+
+
+def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
+    path = folder / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
