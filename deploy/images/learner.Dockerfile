@@ -11,12 +11,12 @@ ARG TORCH_INDEX_URL=https://pypi.org/simple
 RUN python -m pip install --no-cache-dir --index-url "${TORCH_INDEX_URL}" torch==2.13.0
 
 WORKDIR /opt/ibtpo/src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY ibtpo_settings ibtpo_settings
 COPY ibtree ibtree
 COPY server_ext server_ext
 COPY learner learner
-RUN python -m pip install --no-cache-dir ".[learner]"
+RUN python -m pip install --no-cache-dir -c constraints.txt ".[learner]"
 COPY examples/arith /opt/ibtpo/examples/arith
 
 # A named user: libraries look up the name of whoever runs them.

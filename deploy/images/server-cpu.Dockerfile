@@ -11,12 +11,12 @@ RUN python -m pip install --no-cache-dir --index-url "${TORCH_INDEX_URL}" torch=
     && python -m pip install --no-cache-dir --no-deps sglang==0.5.21 torchvision==0.26.0
 
 WORKDIR /opt/ibtpo/src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY ibtpo_settings ibtpo_settings
 COPY ibtree ibtree
 COPY server_ext server_ext
 COPY learner learner
-RUN python -m pip install --no-cache-dir ".[cpu]"
+RUN python -m pip install --no-cache-dir -c constraints.txt ".[cpu]"
 COPY examples/arith /opt/ibtpo/examples/arith
 
 # A named user: libraries look up the name of whoever runs them.
