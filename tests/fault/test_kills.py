@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from processes import Process
@@ -15,6 +16,7 @@ from processes import Process
 from ibtree import Client
 from tests.engine import Server
 from tests.loop.learning import learner_command, rows, write_prompts
+from tests.loop.test_engine import prompt
 
 SOAK = os.environ.get("IBTPO_SOAK") == "1"
 KILLS = 20 if SOAK else 2
@@ -32,6 +34,21 @@ def wait_for(condition, timeout_s: float, what: str) -> None:  # type: ignore[no
 def wait_for_a_step(folder: Path, learner: Process) -> None:
     done = len(rows(folder, "step"))
     wait_for(lambda: len(rows(folder, "step")) > done or not learner.running(), 120, "further step")
+
+
+def test_sigterm_lets_a_call_end(server: Server) -> None:
+    """Not serving any more, the call in flight finished, status 0, and the journal kept."""
+    assert server.process
+    with ThreadPoolExecutor(1) as pool, Client(server.address) as client:
+        before = client.queue_stats()
+        call = pool.submit(client.sample_tree, prompt(0))
+        wait_for(lambda: client.queue_stats().interactive or call.done(), 20, "tree growing")
+        server.process.popen.terminate()
+        assert call.result(timeout=60).trajectories == 12
+    assert server.process.popen.wait(30) == 0
+    server.start()
+    with Client(server.address) as client:
+        assert client.queue_stats().acked == before.acked
 
 
 def test_kill_learner_and_server(server: Server, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ibtree.options import TreeOptions, changed
 from ibtree.tree import Finish, StopCause, Tree
 from ibtree.v1 import sampling_pb2, sampling_pb2_grpc
 from learner.model import load_policy
-from tests.engine import Server
+from tests.engine import Server, model_weights
 
 OPTIONS = changed(TreeOptions(), temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=96)
 PROBLEMS, HELD_OUT = task.split(64, 64, 6, seed=1)
@@ -128,7 +128,11 @@ async def test_cancelling_a_call_aborts_its_rollouts(server: Server) -> None:
         began = time.monotonic()
         await until(lambda: interactive(client), 0)
         assert time.monotonic() - began < 5.0
-        tree = await client.sample_tree(prompt(6))  # the engine goes on
+        # a weight update waits for rollouts and needs an idle engine to empty its cache: were the
+        # 512 rollouts still running it would take as long as they do
+        outcome = await asyncio.to_thread(server.push, model_weights())
+        assert outcome.pause_s < 3.0
+        tree = await client.sample_tree(prompt(6))  # and the engine goes on
         assert tree.trajectories == 12
 
 

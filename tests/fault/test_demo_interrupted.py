@@ -1,0 +1,49 @@
+"""Ctrl-C in the demo, early or late, leaves no process behind (`make soak`: at many moments)."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOAK = os.environ.get("IBTPO_SOAK") == "1"
+MOMENTS_S = [random.Random(1).uniform(0.2, 60.0) for _ in range(15)] if SOAK else [1.0, 9.0]
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of the live processes that inherited the mark in their environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue  # it ended meanwhile, or is another's
+    return found
+
+
+@pytest.mark.parametrize("moment_s", MOMENTS_S)
+def test_nothing_is_left_running(tmp_path: Path, moment_s: float) -> None:
+    mark = f"IBTPO_MARK={uuid.uuid4().hex}"
+    name, value = mark.split("=")
+    demo = subprocess.Popen(
+        [sys.executable, ROOT / "examples/arith/demo.py", f"--out={tmp_path / 'demo'}"],
+        env={**os.environ, name: value},
+        start_new_session=True,
+    )
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            demo.wait(moment_s)
+        assert marked(mark)
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(60) == 1
+        assert marked(mark) == []
+    finally:
+        demo.kill()
