@@ -189,7 +189,7 @@ class Tree:
         if not 0.0 <= reward <= 1.0:
             raise ValueError(f"reward {reward} is outside [0, 1]")
         if not 0 <= start < len(self) or self.alive(start) != start:
-            raise ValueError(f"no node {start} to start from")
+            raise ValueError(f"no node {start}")
         self.starts[start] += 1
         for node in (0, *self.path(start)):
             self.visits[node] += 1

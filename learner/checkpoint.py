@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ibtree.errors import PreconditionError
+
 
 @dataclass
 class TrainState:
@@ -79,7 +81,10 @@ class Checkpoints:
         if not steps:
             return None
         newest = steps[-1]
-        model.load_state_dict(load_file(newest / "model.safetensors"), strict=False)
+        weights = load_file(newest / "model.safetensors")
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        if unexpected or set(missing) & set(weights_of(model)):  # tied names may be missing
+            raise PreconditionError(f"out_dir: {newest} is a checkpoint of another model")
         optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True))
         state = TrainState(**json.loads((newest / "state.json").read_text()))
         torch.set_rng_state(torch.tensor(state.torch_rng, dtype=torch.uint8))

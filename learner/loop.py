@@ -8,6 +8,7 @@ in hand come back, those in the ledger are acked without being trained on again.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import uuid
 from types import FrameType
@@ -99,6 +100,8 @@ def _step(
     with report.phase("publish"):
         means["pause_s"] = publisher.push()
     report.step(state.step, means)
+    if not math.isfinite(figures.grad_norm):
+        report.say(f"warning: step {state.step}: the gradient is not finite; weights unchanged")
     if means["log_prob_gap_mean"] > config.log_prob_gap_alarm:
         report.say(f"warning: engine and trainer differ by {means['log_prob_gap_mean']:.3g} nats")
 

@@ -6,14 +6,16 @@ ports bound ─▶ engine loads ─▶ newest weights ─▶ first token ─▶ 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -41,6 +43,7 @@ from server_ext.weights.store import WeightStore
 from server_ext.weights.updater import WeightUpdater
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 _GRPC_OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
@@ -52,92 +55,62 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
     """Runs the server until SIGTERM or SIGINT. Raises FieldError for bad settings."""
-    async with AsyncExitStack() as stack:
-        await _serve(config, sglang_arguments, stack)
+    async with AsyncExitStack() as stack:  # whatever was started is shut down, newest first
+        _exit_on_signal()
+        model_id = model_identity(config.model)
+        graders = _graders(config, stack)
+        defaults = config.tree_options()
+        check_job_names(defaults, graders, config.grader)
 
+        server = grpc.aio.server(options=_GRPC_OPTIONS)
+        port = _bind("port", config, partial(_add_port, server))
+        health = Health()
+        health_server, health_port = _bind("health_port", config, partial(serve_health, health))
+        stack.callback(lambda: health_server.stop(0).wait())
+        tokenizer = Tokenizer(config.model)
+        segmenter = tokenizer.segmenter(config.separator)
+        stack.enter_context(_locked(config.data_dir))
 
-async def _serve(
-    config: ServerConfig, sglang_arguments: Sequence[str], stack: AsyncExitStack
-) -> None:
-    _exit_on_signal()
-    model_id = model_identity(config.model)
-    graders = Graders(
-        {
-            "exact": ExactGrader(config.answer_marker),
-            "math": (
-                maths := MathGrader(
-                    config.grader_workers, config.grade_timeout_s, config.answer_marker
-                )
-            ),
-        }
-    )
-    stack.callback(maths.close)
-    defaults = config.tree_options()
-    check_job_names(defaults, graders, config.grader)
+        engine = _engine(config, sglang_arguments)
+        stack.callback(engine.shutdown)
+        store = WeightStore(config.data_dir / "weights", model_id)
+        specs = checkpoint_specs(config.model)
+        updater = WeightUpdater(engine, store, config.model, specs, model_id)
+        await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
+        await updater.restore()
+        stopping = _take_signals_back()
 
-    server = grpc.aio.server(options=_GRPC_OPTIONS)
-    port = _bind("port", config.port, partial(_add_port, server, config.host))
-    health = Health()
-    health_server, health_port = _bind(
-        "health-port", config.health_port, partial(_start_health, health, config.host)
-    )
-    stack.callback(lambda: health_server.stop(0).wait())
-    tokenizer = Tokenizer(config.model)
-    segmenter = tokenizer.segmenter(config.separator)
-
-    if config.threads:
-        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # read by the engine's processes
-    engine = SglangEngine(
-        str(config.model), config.device, config.dtype, config.drain_timeout_s, sglang_arguments
-    )
-    stack.callback(engine.shutdown)
-    store = WeightStore(config.data_dir / "weights", model_id)
-    updater = WeightUpdater(engine, store, config.model, checkpoint_specs(config.model), model_id)
-    await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
-    await updater.restore()
-    stopping = _take_signals_back()
-
-    journal = JournalThread(
-        partial(
-            Journal,
-            config.data_dir / "journal.sqlite",
-            max_returns=config.max_returns,
-            max_failures=config.max_failures,
+        forest = Forest(
+            engine,
+            tokenizer,
+            segmenter,
+            graders,
+            model_id=model_id,
+            defaults=defaults,
+            default_grader=config.grader,
+            max_trajectories=config.max_trajectories,
+            max_open_trees=config.max_open_trees,
         )
-    )
-    stack.callback(journal.close)
-    forest = Forest(
-        engine,
-        tokenizer,
-        segmenter,
-        graders,
-        model_id=model_id,
-        defaults=defaults,
-        default_grader=config.grader,
-        max_trajectories=config.max_trajectories,
-        max_open_trees=config.max_open_trees,
-    )
-    producer = Producer(
-        journal,
-        forest,
-        lambda prompt: prompt_from_proto(sampling_pb2.Prompt.FromString(prompt), defaults),
-        lambda tree: tree_to_proto(tree).SerializeToString(),
-    )
-    sampling = SamplingService(forest, journal, producer)
-    queue = QueueService(journal, producer, config.lease_s, lambda: sampling.interactive)
-    sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, server)
-    queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, server)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsService(updater), server)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    await server.start()
-    tasks = {
-        asyncio.create_task(producer.run(), name="producer"),
-        asyncio.create_task(_beat(health), name="heartbeat"),
-        asyncio.create_task(_raise_when(updater.broken), name="weights"),
-        asyncio.create_task(stopping.wait(), name="signal"),
-    }
-    health.serving(True)
-    print(f"ibtpo-server: serving on {config.host}:{port} (health {health_port})", flush=True)
+        journal = JournalThread(partial(_journal, config))
+        stack.callback(journal.close)
+        producer = _add_services(server, config, forest, journal, updater)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        await server.start()
+        health.serving(True)
+        print(f"ibtpo-server: serving on {config.host}:{port} (health {health_port})", flush=True)
+        await _until(stopping, server, health, config, producer.run(), _raise_when(updater.broken))
+
+
+async def _until(
+    stopping: asyncio.Event,
+    server: grpc.aio.Server,
+    health: Health,
+    config: ServerConfig,
+    *background: Coroutine[Any, Any, None],
+) -> None:
+    """Serves until the signal, or until something in the background fails; then drains."""
+    works = (*background, _beat(health), stopping.wait())
+    tasks = {asyncio.ensure_future(work) for work in works}
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -151,19 +124,72 @@ async def _serve(
         await asyncio.wait(tasks)
 
 
-def _add_port(server: Any, host: str, port: int) -> int:
-    return int(server.add_insecure_port(f"{host}:{port}"))
+def _graders(config: ServerConfig, stack: AsyncExitStack) -> Graders:
+    marker = config.answer_marker
+    maths = MathGrader(config.grader_workers, config.grade_timeout_s, marker)
+    stack.callback(maths.close)
+    return Graders({"exact": ExactGrader(marker), "math": maths})
 
 
-def _start_health(health: Health, host: str, port: int) -> tuple[Any, int]:
-    return serve_health(health, f"{host}:{port}")
+def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngine:
+    if config.threads:
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # read by the engine's processes
+    return SglangEngine(
+        str(config.model), config.device, config.dtype, config.drain_timeout_s, sglang_arguments
+    )
 
 
-def _bind(name: str, port: int, bind: Any) -> Any:
+def _journal(config: ServerConfig) -> Journal:
+    path = config.data_dir / "journal.sqlite"
+    return Journal(path, max_returns=config.max_returns, max_failures=config.max_failures)
+
+
+def _add_services(
+    server: grpc.aio.Server,
+    config: ServerConfig,
+    forest: Forest,
+    journal: JournalThread,
+    updater: WeightUpdater,
+) -> Producer:
+    producer = Producer(
+        journal,
+        forest,
+        lambda prompt: prompt_from_proto(sampling_pb2.Prompt.FromString(prompt), forest.defaults),
+        lambda tree: tree_to_proto(tree).SerializeToString(),
+    )
+    sampling = SamplingService(forest, journal, producer)
+    queue = QueueService(journal, producer, config.lease_s, lambda: sampling.interactive)
+    sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, server)
+    queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, server)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsService(updater), server)
+    return producer
+
+
+def _add_port(server: Any, address: str) -> int:
+    return int(server.add_insecure_port(address))
+
+
+def _bind(field: str, config: ServerConfig, bind: Callable[[str], T]) -> T:
+    """Before the engine loads: a port in use must not cost minutes."""
+    port = getattr(config, field)
     try:
-        return bind(port)
+        return bind(f"{config.host}:{port}")
     except RuntimeError as error:
+        name = field.replace("_", "-")
         raise FieldError(name, f"port {port} cannot be listened on", "a free port") from error
+
+
+@contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    """Two servers on one journal would each grow what the other is growing."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            problem = f"{data_dir} is in use by another server"
+            raise FieldError("data-dir", problem, "a folder of its own") from error
+        yield
 
 
 def _exit_on_signal() -> None:

@@ -12,7 +12,7 @@ from ibtree.errors import FieldError
 from ibtree.options import SamplingOptions
 from ibtree.tree import Finish
 from server_ext import cpu
-from server_ext.gate import Gate
+from server_ext.gate import Gate, StillBusy
 
 if TYPE_CHECKING:
     import torch
@@ -155,9 +155,8 @@ class SglangEngine:
                     _check(await manager.update_weights_from_tensor(request, None))
                 _check(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
                 await self._flush()
-        except TimeoutError as error:
-            problem = f"rollouts did not end within {self._drain_timeout_s} s; nothing was applied"
-            raise DrainTimeout(problem) from error
+        except StillBusy as error:
+            raise DrainTimeout(f"{error}; nothing was applied") from error
         return time.monotonic() - start
 
     async def _flush(self) -> None:

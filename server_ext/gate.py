@@ -11,13 +11,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
+class StillBusy(TimeoutError):
+    """Rollouts did not leave in time; the gate is open again."""
+
+
 class Gate:
-    """Many rollouts or one update."""
+    """Many rollouts or one update. For one event loop."""
 
     def __init__(self) -> None:
-        self._changed = asyncio.Condition()
         self._inside = 0
-        self._updating = False
+        self._open, self._empty = asyncio.Event(), asyncio.Event()
+        self._open.set()
+        self._empty.set()
+        self._one_update = asyncio.Lock()
 
     @property
     def inside(self) -> int:
@@ -26,30 +32,27 @@ class Gate:
 
     @asynccontextmanager
     async def rollout(self) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._updating)
-            self._inside += 1
+        while not self._open.is_set():  # another update may close it before this one wakes up
+            await self._open.wait()
+        self._inside += 1
+        self._empty.clear()
         try:
             yield
         finally:
-            self._inside -= 1  # without the lock: leaving must not await when cancelled
-            if self._inside == 0:
-                asyncio.get_running_loop().create_task(self._notify())
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
 
     @asynccontextmanager
     async def update(self, drain_timeout_s: float) -> AsyncIterator[None]:
-        """Raises TimeoutError, the gate open again, if rollouts do not leave in time."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._updating)
-            self._updating = True
-        try:
-            async with asyncio.timeout(drain_timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._inside == 0)
-            yield
-        finally:
-            self._updating = False
-            await asyncio.shield(self._notify())
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        """Raises StillBusy if rollouts do not leave in time."""
+        async with self._one_update:
+            self._open.clear()
+            try:
+                try:
+                    await asyncio.wait_for(self._empty.wait(), drain_timeout_s)
+                except TimeoutError as error:
+                    raise StillBusy(f"rollouts did not end within {drain_timeout_s} s") from error
+                yield
+            finally:
+                self._open.set()

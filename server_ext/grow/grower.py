@@ -20,7 +20,11 @@ _ABORT_GRACE_S = 10.0
 
 
 class GrowthError(RuntimeError):
-    """The tree cannot be grown: no rollout finished, or one was lost."""
+    """No rollout finished before the tree had to end."""
+
+
+class RolloutLostError(RuntimeError):
+    """The engine ended a rollout that nobody aborted."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ class Grower:
     ) -> None:
         self._tree, self._strategy, self._sampler, self._emit = tree, strategy, sampler, emit
         self._started = 0
+        self._aborting = False
         self._grades: dict[tuple[int, ...], asyncio.Task[float]] = {}
 
     async def grow(self) -> Tree:
         """Returns the tree with its stop cause and ledger. Raises GrowthError if no rollout
-        finished; cancelling it cancels the rollouts in flight."""
+        finished, RolloutLostError or what the sampler raises if one was lost; cancelling it
+        cancels the rollouts in flight."""
         tree, options = self._tree, self._tree.options
         began = time.monotonic()
         until = None if options.deadline_s is None else began + options.deadline_s
@@ -108,6 +114,7 @@ class Grower:
             for task in done:
                 task.result()  # a lost rollout fails the tree
             if late:
+                self._aborting = True
                 self._sampler.abort(self._tree)
                 await asyncio.wait(late, timeout=_ABORT_GRACE_S)
         finally:
@@ -122,6 +129,8 @@ class Grower:
         ledger.prefix_tokens += rollout.prefix_tokens
         ledger.cached_tokens += rollout.cached_tokens
         if rollout.finish is Finish.NONE or not rollout.steps:
+            if not self._aborting:
+                raise RolloutLostError(f"the engine gave up a rollout of tree {tree.tree_id!r}")
             return
         below = tuple(t for step in rollout.steps for t in step.token_ids)
         reward = await self._reward(tree.prefix(start) + below)

@@ -9,7 +9,7 @@ import grpc
 
 from ibtree.errors import ConflictError, FieldError, PreconditionError, UnknownLeaseError
 from server_ext.engine import EngineError
-from server_ext.grow.grower import GrowthError
+from server_ext.grow.grower import GrowthError, RolloutLostError
 
 _log = logging.getLogger(__name__)
 _CODES: dict[type[Exception], grpc.StatusCode] = {
@@ -19,6 +19,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     UnknownLeaseError: grpc.StatusCode.NOT_FOUND,
     GrowthError: grpc.StatusCode.DEADLINE_EXCEEDED,
     EngineError: grpc.StatusCode.UNAVAILABLE,
+    RolloutLostError: grpc.StatusCode.UNAVAILABLE,
 }
 
 

@@ -70,6 +70,11 @@ def test_bad_settings(tmp_path: Path, argument: str, says: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_data_folder_in_use(server: Server) -> None:
+    says = run(server_command(server.data_dir))
+    assert "--data-dir:" in says and "in use by another server" in says
+
+
 def test_sglang_arguments_that_sglang_refuses(tmp_path: Path) -> None:
     line = [*server_command(tmp_path / "data"), "--no-such-option=1"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
