@@ -9,7 +9,7 @@ import os
 import sys
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import yaml
 from pydantic import Field, ValidationError
@@ -73,6 +73,8 @@ class Settings(BaseSettings):
         path = _config_path(argv) or os.environ.get(f"{cls.model_config['env_prefix']}CONFIG")
         if path and not Path(path).is_file():
             raise FileNotFoundError(f"--config: no file {path}")
+        if path:
+            _check_file(Path(path))
         token = _file.set(Path(path) if path else None)
         try:
             settings = cls(_cli_parse_args=argv, _cli_prog_name=prog)  # type: ignore[call-arg]
@@ -92,10 +94,22 @@ class Settings(BaseSettings):
                 raise ValueError(f"environment variable {name}: no such setting; unset it")
 
 
-def _config_path(argv: list[str]) -> Any:
+def _check_file(path: Path) -> None:
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} is not YAML: {error}") from error
+    if not isinstance(content or {}, dict):
+        raise ValueError(f"--config: {path} holds no settings; allowed: lines of `name: value`")
+
+
+def _config_path(argv: list[str]) -> str | None:
+    """The last one counts, as for every other option."""
+    path = None
     for i, word in enumerate(argv):
         if word == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None
+            path = argv[i + 1]
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+    return path

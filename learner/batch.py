@@ -15,7 +15,7 @@ from torch import Tensor
 from ibtree import score
 from ibtree.tree import Tree
 from learner.config import LearnerConfig
-from learner.math.advantage import step_advantages
+from learner.math.advantage import NO_SPREAD, step_advantages
 from learner.math.loss import token_weights
 
 
@@ -53,7 +53,7 @@ class Rows:
 
 def is_uniform(tree: Tree) -> bool:
     """True if all trajectories have one reward: nothing to compare."""
-    return bool(np.ptp(tree.rewards()) == 0.0)
+    return bool(np.ptp(tree.rewards()) <= NO_SPREAD)
 
 
 def tree_advantages(tree: Tree, config: LearnerConfig) -> Tensor:
@@ -95,6 +95,23 @@ def tree_rows(tree: Tree, config: LearnerConfig) -> list[Row]:
             )
         )
     return rows
+
+
+def batch_rows(trees: Sequence[Tree], config: LearnerConfig) -> tuple[list[Row], int]:
+    """The rows to train on with their shares, and how many trees they come from.
+
+    Uniform trees are left out if they are to be skipped; with `uniform_in_denominator` they
+    still count where the loss is normalised, whatever the normalisation.
+    """
+    skip = config.skip_uniform_trees
+    trained = [not (skip and is_uniform(tree)) for tree in trees]
+    counted = [i for i, t in enumerate(trained) if t or config.uniform_in_denominator]
+    owned = [(i, row) for i in counted for row in tree_rows(trees[i], config)]
+    if not any(trained):
+        return [], 0
+    shared = share_out([row for _, row in owned], len(counted), config)
+    kept = [row for (i, _), row in zip(owned, shared, strict=True) if trained[i]]
+    return kept, sum(trained)
 
 
 def split_rows(rows: Sequence[Row], micro_batch_tokens: int) -> Iterator[list[Row]]:

@@ -57,6 +57,9 @@ class Checkpoints:
     def _steps(self) -> list[Path]:
         return sorted(self._dir.glob("step-*[0-9]"))
 
+    def __bool__(self) -> bool:
+        return bool(self._steps())
+
     def save(self, model: Any, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Returns when the checkpoint is durable."""
         state.torch_rng = torch.get_rng_state().tolist()
@@ -68,8 +71,6 @@ class Checkpoints:
         (part / "state.json").write_text(json.dumps(asdict(state)))
         for path in (*part.iterdir(), part):
             _sync(path)
-        if final.exists():  # the same step again, after a resume from the one before
-            shutil.rmtree(final)
         part.rename(final)
         _sync(self._dir)
         for old in self._steps()[: -self._keep]:
@@ -82,8 +83,12 @@ class Checkpoints:
             return None
         newest = steps[-1]
         weights = load_file(newest / "model.safetensors")
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        if unexpected or set(missing) & set(weights_of(model)):  # tied names may be missing
+        try:
+            missing, unexpected = model.load_state_dict(weights, strict=False)
+            fits = not unexpected and not set(missing) & set(weights_of(model))  # but tied names
+        except RuntimeError:  # other shapes
+            fits = False
+        if not fits:
             raise PreconditionError(f"out_dir: {newest} is a checkpoint of another model")
         optimizer.load_state_dict(torch.load(newest / "optimizer.pt", weights_only=True))
         state = TrainState(**json.loads((newest / "state.json").read_text()))

@@ -36,20 +36,20 @@ class LearnerConfig(Settings):
     steps: int = Field(default=200, ge=1)
     """Optimiser steps of the whole run."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Generated tokens after which the run ends, whatever its steps. Empty: no limit."""
+    """Generated tokens after which the run ends, whatever its steps. null: no limit."""
     prompts_per_step: int = Field(default=32, ge=1)
     """Trees a step trains on."""
     prompts_ahead_steps: float = Field(default=1.0, ge=0)
     """Steps' worth of prompts submitted ahead; 0 keeps every tree on-policy."""
     grader: str = ""
     """Grader by name; empty takes the server's default."""
-    lease_s: float = Field(default=300.0, gt=0, le=86400)
+    lease_s: float = Field(default=300.0, gt=5, le=86400)
     """How long a lease lasts; prolonged while trees are in hand."""
     patience_s: float = Field(default=1800.0, gt=0)
     """Longest wait for a step's trees, or for a server that is away."""
     max_staleness: int | None = Field(default=None, ge=0)
     """Most weight versions between a tree's oldest token and the trainer; older trees are dropped
-    and counted. Empty: no bound."""
+    and counted. null: no bound."""
 
     strategy: str = "ib"
     """Branching strategy: ib, or independent (with local-weight 0: GRPO)."""

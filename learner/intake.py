@@ -102,9 +102,10 @@ class Intake:
             try:
                 self._client.extend_lease(list(self._held), lease_s=self._config.lease_s)
             except RpcFailed as error:
-                # a tree that went back comes again; the ledger knows it if it was trained on
-                _log.warning("leases ran out: %s", error)
-                self._held.clear()
+                _log.warning("leases not prolonged: %s", error)
+                if error.code is grpc.StatusCode.NOT_FOUND:
+                    # trees that went back come again; the ledger knows those trained on
+                    self._held.clear()
 
     def ack(self) -> None:
         """Ends all leases held: their trees are in a durable checkpoint's ledger."""

@@ -16,6 +16,7 @@ from types import FrameType
 import torch
 
 from ibtree.client import Client
+from ibtree.errors import FieldError
 from ibtree.evaluate import evaluate
 from ibtree.messages import Prompt, TreeLease
 from learner.checkpoint import Checkpoints, TrainState
@@ -117,10 +118,10 @@ def _fresh(leases: list[TreeLease], version: int, bound: int | None) -> tuple[li
 
 
 def _resume(checkpoints: Checkpoints, trainer: Trainer, config: LearnerConfig) -> TrainState:
-    state = None
-    if config.resume == "auto":
-        state = checkpoints.load(trainer.policy, trainer.optimizer)
-    return state or TrainState()
+    if config.resume == "never" and checkpoints:
+        problem = f"{config.out_dir} holds checkpoints of another run"
+        raise FieldError("out_dir", problem, "a folder of its own, or --resume auto")
+    return checkpoints.load(trainer.policy, trainer.optimizer) or TrainState()
 
 
 def _run_id(config: LearnerConfig) -> str:

@@ -23,19 +23,20 @@ def read_questions(path: Path) -> list[Question]:
     if not path.is_file():
         raise FieldError("prompts", f"no file {path}", "a JSONL file")
     questions = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            where = f"prompts {path}:{number}"
             try:
-                entry = json.loads(line)
-                prompt, answer = entry["prompt"], str(entry.get("answer", ""))
+                entry = json.loads(line.decode("utf-8"))
+                prompt, answer = entry["prompt"], entry.get("answer")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 allowed = 'objects {"prompt": text, "answer": text}'
-                raise FieldError(f"prompts:{number}", f"{error!r}", allowed) from error
+                raise FieldError(where, f"{error!r}", allowed) from error
             if not isinstance(prompt, str) or not prompt:
-                raise FieldError(f"prompts:{number}", "the prompt is empty or no text", "text")
-            questions.append(Question(prompt, answer))
+                raise FieldError(where, "the prompt is empty or no text", "text")
+            questions.append(Question(prompt, "" if answer is None else str(answer)))
     if not questions:
         raise FieldError("prompts", f"{path} holds no prompts", "at least one line")
     return questions

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ibtree.tree import Tree
-from learner.batch import Row, Rows, is_uniform, pad, share_out, split_rows, tree_rows
+from learner.batch import Row, Rows, batch_rows, pad, split_rows
 from learner.config import LearnerConfig
 from learner.math.loss import token_objective, truncated_importance, weighted_loss
 from learner.model import token_logprobs
@@ -61,13 +61,9 @@ class Trainer:
         `version` is the weight version the policy has now. Without a tree left the weights stay.
         """
         config, figures = self._config, StepFigures()
-        kept = [t for t in trees if not (config.skip_uniform_trees and is_uniform(t))]
-        rows = [row for tree in kept for row in tree_rows(tree, config)]
-        figures.trained_trees = len(kept)
+        rows, figures.trained_trees = batch_rows(trees, config)
         if not rows:
             return figures
-        counted = len(trees) if config.uniform_in_denominator else len(kept)
-        rows = share_out(rows, counted, config)
         self.optimizer.zero_grad(set_to_none=True)
         for part in split_rows(rows, config.micro_batch_tokens):
             self._backward(part, version, figures)

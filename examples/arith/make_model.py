@@ -295,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the model of the arith task.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--threads", type=int, default=2, help="the result depends on it a little")
     parser.add_argument("--eval-problems", type=int, default=4000)
     args = parser.parse_args()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NO_SPREAD = 1e-9
+"""Rewards whose std is below this are equal; sums of equal fractions differ in the last bits."""
+
 
 def reward_std(rewards_G: Tensor, std: str) -> Tensor:
     """Spread of the trajectories' rewards, a scalar: `population` (divides by G) or `sample`
@@ -35,7 +38,7 @@ def step_advantages(
     """
     spread = reward_std(rewards_G, std)
     group_N = torch.zeros_like(value_N)
-    if spread > 0:
+    if spread > NO_SPREAD:
         group_N = (value_N - value_N[0]) / (spread + eps)
     local_N = info_gain_N * confidence_N
     if length_N is not None:

@@ -102,7 +102,7 @@ def test_learner_without_a_server(tmp_path: Path) -> None:
 def test_learner_with_broken_prompts(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "1+1=?"}\n{"question": 3}\n')
     says = run(learner_command("127.0.0.1:1", tmp_path))
-    assert "--prompts:2" in says and "allowed:" in says
+    assert "train.jsonl:2:" in says and "allowed:" in says
 
 
 def test_client_commands(server: Server) -> None:

@@ -1,0 +1,80 @@
+"""A tree queue in memory, with a clock of its own, in the place of ibtree.client.Client."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import grpc
+
+from ibtree.client import RpcFailed
+from ibtree.messages import QueueStats, TreeLease
+from tests.learner.tiny import flat_tree
+
+
+class Queue:
+    """Duck-typed ibtree.client.Client and the server behind it. Trees are graded when submitted,
+    unless their number is in `dying`; waiting and `sleep` advance the clock."""
+
+    def __init__(self, dying: set[int] = frozenset()) -> None:
+        self.now, self.dying, self._ids = 0.0, dying, count()
+        self.submitted: list[str] = []
+        self.graded: list[str] = []
+        self.acked: list[str] = []
+        self.nacked: list[str] = []
+        self.leases: dict[str, tuple[str, float]] = {}
+        self.fail: dict[str, grpc.StatusCode] = {}
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for lease, (tree, until) in list(self.leases.items()):
+            if until <= self.now:
+                del self.leases[lease]
+                self.graded.append(tree)
+
+    def _check(self, method: str, lease_ids: list[str] | None = None) -> None:
+        code = self.fail.get(method)
+        if lease_ids and any(one not in self.leases for one in lease_ids):
+            code = grpc.StatusCode.NOT_FOUND
+        if code:
+            raise RpcFailed(method, "here", code, "told to")
+
+    def submit_prompts(self, prompts, *, wait):
+        assert wait
+        for prompt in prompts:
+            if prompt.id not in self.submitted:
+                self.submitted.append(prompt.id)
+                if int(prompt.id.split("/")[1]) not in self.dying:
+                    self.graded.append(prompt.id)
+
+    def lease_trees(self, max_trees, *, lease_s, wait_s, wait):
+        assert wait and max_trees > 0
+        if not self.graded:
+            self.sleep(wait_s)
+        found = []
+        while self.graded and len(found) < max_trees:
+            tree, lease = self.graded.pop(0), f"lease-{next(self._ids)}"
+            self.leases[lease] = (tree, self.now + lease_s)
+            rollouts = [((1,), 1.0), ((2,), 0.0)]
+            found.append(TreeLease(lease, flat_tree(rollouts, tree_id=tree), 0))
+        return found
+
+    def extend_lease(self, lease_ids, *, lease_s):
+        self._check("ExtendLease", lease_ids)
+        for lease in lease_ids:
+            self.leases[lease] = (self.leases[lease][0], self.now + lease_s)
+
+    def ack_trees(self, lease_ids, *, wait):
+        self._check("AckTrees", lease_ids)
+        self.acked += [self.leases.pop(lease)[0] for lease in lease_ids]
+
+    def nack_trees(self, lease_ids, reason):
+        assert reason
+        self._check("NackTrees", lease_ids)
+        self.nacked += [self.leases.pop(lease)[0] for lease in lease_ids]
+        self.graded += self.nacked[-len(lease_ids) :]
+
+    def queue_stats(self):
+        return QueueStats(graded=len(self.graded), leased=len(self.leases), acked=len(self.acked))

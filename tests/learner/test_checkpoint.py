@@ -1,0 +1,179 @@
+"""Checkpoints: exact round trips, kills in between, what is kept."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from ibtree.errors import FieldError, PreconditionError
+from learner.checkpoint import Checkpoints, TrainState
+from learner.config import LearnerConfig
+from learner.loop import _resume
+from learner.trainer import Trainer
+from tests.learner.tiny import CPU, causal_lm, config, mixed_batch
+
+TREES = [[pair.fast for pair in mixed_batch(random.Random(seed))] for seed in range(4)]
+
+
+def new_trainer(seed: int, **model) -> Trainer:
+    return Trainer(causal_lm(seed=seed, **model), None, config(lr=1e-2, weight_decay=0.1), CPU)
+
+
+def advance(trainer: Trainer, steps: range) -> list[float]:
+    """Losses of these steps; each also draws from torch's generator, and trains on the draw."""
+    losses = []
+    for number in steps:
+        losses.append(trainer.step(TREES[number], version=0).loss)
+        with torch.no_grad():
+            next(trainer.policy.parameters())[0, :4] += torch.rand(4)
+    return losses
+
+
+def same(a: Trainer, b: Trainer) -> bool:
+    """Weights and optimiser, byte for byte."""
+    weights = zip(a.policy.state_dict().values(), b.policy.state_dict().values(), strict=True)
+    mine, theirs = a.optimizer.state_dict(), b.optimizer.state_dict()
+    moments = [
+        (mine["state"][i][key], theirs["state"][i][key])
+        for i in mine["state"]
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    ]
+    groups = mine["param_groups"] == theirs["param_groups"]
+    return groups and bool(moments) and all(torch.equal(x, y) for x, y in [*weights, *moments])
+
+
+def test_a_round_trip_restores_everything(tmp_path):
+    trainer, fresh = new_trainer(1), new_trainer(2)
+    advance(trainer, range(2))
+    state = TrainState(2, 5, "ab12", 64, 123456789, ["run/1", "run/ü"])
+    Checkpoints(tmp_path, 2).save(trainer.policy, trainer.optimizer, state)
+    drawn = torch.rand(3)
+    torch.rand(100)
+    loaded = Checkpoints(tmp_path, 2).load(fresh.policy, fresh.optimizer)
+    assert loaded == state and loaded.trained == ["run/1", "run/ü"]
+    assert same(trainer, fresh)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_training_goes_on_bit_for_bit(tmp_path):
+    torch.manual_seed(7)
+    straight = new_trainer(1)
+    want = advance(straight, range(4))
+
+    torch.manual_seed(7)
+    first = new_trainer(1)
+    losses = advance(first, range(2))
+    Checkpoints(tmp_path, 1).save(first.policy, first.optimizer, TrainState(step=2))
+
+    torch.manual_seed(99)
+    second = new_trainer(3)
+    state = Checkpoints(tmp_path, 1).load(second.policy, second.optimizer)
+    losses += advance(second, range(state.step, 4))
+    assert losses == want
+    assert same(second, straight)
+
+
+def test_nothing_to_load(tmp_path):
+    trainer = new_trainer(1)
+    assert Checkpoints(tmp_path / "new", 1).load(trainer.policy, trainer.optimizer) is None
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    trainer, checkpoints = new_trainer(1), Checkpoints(tmp_path, 2)
+    for step in (8, 9, 10, 11):
+        checkpoints.save(trainer.policy, trainer.optimizer, TrainState(step=step))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000011"]
+    assert checkpoints.load(trainer.policy, trainer.optimizer).step == 11
+
+
+def test_a_run_that_must_not_resume_refuses_a_used_folder(tmp_path):
+    trainer = new_trainer(1)
+    Checkpoints(tmp_path / "checkpoints", 2).save(
+        trainer.policy, trainer.optimizer, TrainState(step=10)
+    )
+    config = LearnerConfig.load(
+        "prog", ["--model=m", "--prompts=p", "--resume=never", f"--out-dir={tmp_path}"]
+    )
+    with pytest.raises(FieldError, match="out_dir"):
+        _resume(Checkpoints(tmp_path / "checkpoints", 2), trainer, config)
+
+
+@pytest.mark.parametrize("when", ["weights", "state", "rename"])
+def test_a_kill_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch, when):
+    trainer, fresh = new_trainer(1), new_trainer(2)
+    advance(trainer, range(1))
+    Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=1))
+    kept = new_trainer(1)
+    Checkpoints(tmp_path, 1).load(kept.policy, kept.optimizer)
+    advance(trainer, range(1, 2))
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    target = {
+        "weights": "learner.checkpoint.torch.save",
+        "state": "pathlib.Path.write_text",
+        "rename": "pathlib.Path.rename",
+    }[when]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, die)
+        Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002.part"]
+
+    again = Checkpoints(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert again.load(fresh.policy, fresh.optimizer).step == 1
+    assert same(kept, fresh)
+    again.save(trainer.policy, trainer.optimizer, TrainState(step=2))
+    assert again.load(fresh.policy, fresh.optimizer).step == 2
+
+
+def test_durable_before_it_is_named(tmp_path, monkeypatch):
+    """Every file and the folder are synced before the rename, the parent after it."""
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_sync(handle: int) -> None:
+        done.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        fsync(handle)
+
+    def note_rename(self: Path, target: Path) -> Path:
+        done.append("rename")
+        return rename(self, target)
+
+    monkeypatch.setattr("os.fsync", note_sync)
+    monkeypatch.setattr("pathlib.Path.rename", note_rename)
+    trainer = new_trainer(1)
+    Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=3))
+    files = {"model.safetensors", "optimizer.pt", "state.json"}
+    assert set(done[:3]) == files
+    assert done[3:] == ["step-00000003.part", "rename", tmp_path.name]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_are_saved_once(tmp_path, tied):
+    trainer, fresh = new_trainer(1, tied=tied), new_trainer(2, tied=tied)
+    advance(trainer, range(1))
+    Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=1))
+    with safe_open(tmp_path / "step-00000001" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert ("lm_head.weight" in names) == (not tied)
+    assert len(names) == len(list(trainer.policy.parameters()))
+    Checkpoints(tmp_path, 1).load(fresh.policy, fresh.optimizer)
+    assert same(trainer, fresh)
+    head, embedding = fresh.policy.lm_head.weight, fresh.policy.model.embed_tokens.weight
+    assert (head.data_ptr() == embedding.data_ptr()) == tied
+
+
+@pytest.mark.parametrize("kinds", [("Qwen2", "Llama"), ("Llama", "Qwen2")])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, kinds):
+    """Llama has none of the biases that Qwen2 has: names too many, then names missing."""
+    saved, other = (Trainer(causal_lm(kind), None, config(), CPU) for kind in kinds)
+    Checkpoints(tmp_path, 1).save(saved.policy, saved.optimizer, TrainState(step=1))
+    with pytest.raises(PreconditionError, match="step-00000001"):
+        Checkpoints(tmp_path, 1).load(other.policy, other.optimizer)
