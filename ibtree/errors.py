@@ -13,6 +13,10 @@ class FieldError(ValueError):
         super().__init__(f"{field}: {problem}; allowed: {allowed}")
         self.field = field
 
+    def as_option(self) -> str:
+        """The message with the field as a command-line option."""
+        return f"--{self.field.replace('_', '-')}{str(self).removeprefix(self.field)}"
+
 
 class PreconditionError(RuntimeError):
     """The input is well formed but does not fit the server's state (FAILED_PRECONDITION)."""

@@ -23,7 +23,7 @@ def main() -> None:
     try:
         train(config)
     except FieldError as error:
-        sys.exit(f"ibtpo-learner: --{error}")
+        sys.exit(f"ibtpo-learner: {error.as_option()}")
     except (PreconditionError, RpcFailed, QueueDry) as error:
         sys.exit(f"ibtpo-learner: {error}")
 

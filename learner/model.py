@@ -11,7 +11,7 @@ from torch import Tensor
 from ibtree.errors import FieldError
 
 
-def _mend_torchvision() -> None:
+def mend_torchvision() -> None:
     """A CUDA torchvision beside a CPU torch lacks this operator, and transformers imports it."""
     if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
         torch.library.define(
@@ -30,7 +30,7 @@ def pick_device(name: str) -> torch.device:
 
 def load_policy(folder: Path, device: torch.device, dtype: str) -> Any:
     """The model in training mode without dropout. Raises FieldError if it does not load."""
-    _mend_torchvision()
+    mend_torchvision()
     from transformers import AutoModelForCausalLM
 
     try:

@@ -31,7 +31,7 @@ def main() -> None:
     try:
         asyncio.run(serve(config, argv[at + 1 :]))
     except FieldError as error:
-        sys.exit(f"ibtpo-server: --{error}")
+        sys.exit(f"ibtpo-server: {error.as_option()}")
 
 
 if __name__ == "__main__":

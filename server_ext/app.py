@@ -175,8 +175,7 @@ def _bind(field: str, config: ServerConfig, bind: Callable[[str], T]) -> T:
     try:
         return bind(f"{config.host}:{port}")
     except RuntimeError as error:
-        name = field.replace("_", "-")
-        raise FieldError(name, f"port {port} cannot be listened on", "a free port") from error
+        raise FieldError(field, f"port {port} cannot be listened on", "a free port") from error
 
 
 @contextmanager
@@ -188,7 +187,7 @@ def _locked(data_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             problem = f"{data_dir} is in use by another server"
-            raise FieldError("data-dir", problem, "a folder of its own") from error
+            raise FieldError("data_dir", problem, "a folder of its own") from error
         yield
 
 

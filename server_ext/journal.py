@@ -228,7 +228,7 @@ class Journal:
     def _held(self, lease_ids: Sequence[str], *states: State) -> list[str]:
         self._expire()
         ids = []
-        for lease_id in lease_ids:
+        for lease_id in dict.fromkeys(lease_ids):
             query = "SELECT id, state FROM trees WHERE lease_id = ?"
             row = self._db.execute(query, (lease_id,)).fetchone()
             if row is None or row[1] not in states:
@@ -270,4 +270,7 @@ class _Transaction:
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._db.execute("ROLLBACK" if kind else "COMMIT")
+        if not kind:
+            self._db.execute("COMMIT")
+        elif self._db.in_transaction:  # SQLite itself rolls back when the disk is full
+            self._db.execute("ROLLBACK")

@@ -14,7 +14,7 @@ from ibtree.messages import Prompt
 from ibtree.tree import Tree
 from server_ext.engine import EngineError
 from server_ext.forest import Forest
-from server_ext.grow.grower import GrowthError, RolloutLostError
+from server_ext.grow.grower import GrowthError
 from server_ext.journal import Journal, Queued, State
 
 _log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Producer:
             await self._journal(Journal.requeue, queued.id)
             raise
         except Exception as error:
-            known = isinstance(error, (EngineError, GrowthError, RolloutLostError, FieldError))
+            known = isinstance(error, (EngineError, GrowthError, FieldError))
             _log.warning("tree %s failed: %s", queued.id, error, exc_info=not known)
             state = await self._journal(Journal.fail, queued.id, f"{type(error).__name__}: {error}")
             if state is State.QUEUED:

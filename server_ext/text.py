@@ -49,7 +49,9 @@ class Tokenizer:
         texts = self._tokenizer.batch_decode(
             [[i] for i in range(len(self))], clean_up_tokenization_spaces=False
         )
-        # A token may complete the separator only if its own text holds the last character; a
-        # character of several bytes can be spread over tokens, so then every token is tried.
-        closers = {i for i, text in enumerate(texts) if last in text} if last.isascii() else None
+        # A token may complete the separator only if its own text holds the last character. Every
+        # token is tried where that cannot be told: a character of several bytes can be spread
+        # over tokens, and some tokenizers drop a space in front of a token that stands alone.
+        told = last.isascii() and last != " "
+        closers = {i for i, text in enumerate(texts) if last in text} if told else None
         return Segmenter(self.decode, separator, closers)

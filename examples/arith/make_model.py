@@ -19,6 +19,11 @@ from typing import Any
 
 import torch
 from task import Problem, held_out, make_problem, problems, solution
+
+from learner.model import mend_torchvision
+
+mend_torchvision()  # before anything imports transformers
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -86,6 +91,9 @@ Well-formed is a completion that differs from a demonstration in its results at 
 demonstrations of {low} to {high} terms with wrong steps in them, the most likely token is the right
 one at {teacher_forced} of tokens.
 
+The tokenizer has one token a byte. `AutoTokenizer` of transformers 5 loads it as a
+`Qwen2Tokenizer`, which normalises text to NFC; nothing the task writes is changed by that.
+
 ## Licence
 
 Apache-2.0.
@@ -93,7 +101,11 @@ Apache-2.0.
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that any text round-trips; no merges, nothing added by encode."""
+    """One token a byte, so that any text round-trips; no merges, nothing added by encode.
+
+    AutoTokenizer of transformers 5 loads any tokenizer next to a Qwen2 model as a Qwen2Tokenizer,
+    which puts text in NFC first: through it, any NFC text round-trips, ASCII by the same ids.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {byte: i for i, byte in enumerate(alphabet)}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -20,10 +20,10 @@ _ABORT_GRACE_S = 10.0
 
 
 class GrowthError(RuntimeError):
-    """No rollout finished before the tree had to end."""
+    """The tree cannot be grown; as it is: no rollout finished before it had to end."""
 
 
-class RolloutLostError(RuntimeError):
+class RolloutLostError(GrowthError):
     """The engine ended a rollout that nobody aborted."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import multiprocessing
+import re
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from pebble import ProcessExpired, ProcessPool
@@ -16,6 +17,7 @@ from pebble import ProcessExpired, ProcessPool
 from server_ext.rewards.base import Submission
 from server_ext.rewards.exact import final_answer
 
+_PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{3,}")
 _log = logging.getLogger(__name__)
 
 
@@ -27,10 +29,22 @@ def verify_math(completion: str, answer: str, marker: str) -> float:
     """
     from math_verify import parse, verify
 
-    gold = parse(answer, parsing_timeout=None) or parse(f"${answer}$", parsing_timeout=None)
     marked = final_answer(completion, marker)
-    found = parse(marked or completion, parsing_timeout=None)
+    gold = parse(_as_formula(answer), parsing_timeout=None)
+    found = parse(_as_formula(marked) if marked else completion, parsing_timeout=None)
     return float(verify(gold, found, timeout_seconds=None))
+
+
+def _as_formula(answer: str) -> str:
+    """Bare LaTeX is only read as a whole between dollars; outside, just its last number is.
+    That is what is wanted of prose ("18 dollars")."""
+    as_it_is = "$" in answer or "\\boxed" in answer or _PROSE.search(answer)
+    return answer if as_it_is else f"${answer}$"
+
+
+def _load_library() -> None:
+    """Seconds of imports that must not count as a grade's."""
+    import math_verify  # noqa: F401
 
 
 class MathGrader:
@@ -40,7 +54,9 @@ class MathGrader:
 
     def __init__(self, workers: int, timeout_s: float, marker: str) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(max_workers=workers, max_tasks=2000, context=context)
+        self._pool = ProcessPool(
+            max_workers=workers, max_tasks=2000, initializer=_load_library, context=context
+        )
         self._timeout_s, self._marker = timeout_s, marker
 
     async def grade(self, submission: Submission) -> float:

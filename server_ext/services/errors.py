@@ -12,15 +12,21 @@ from server_ext.engine import EngineError
 from server_ext.grow.grower import GrowthError, RolloutLostError
 
 _log = logging.getLogger(__name__)
+_MOST_DETAILS = 1600
 _CODES: dict[type[Exception], grpc.StatusCode] = {
     FieldError: grpc.StatusCode.INVALID_ARGUMENT,
     PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     ConflictError: grpc.StatusCode.ALREADY_EXISTS,
     UnknownLeaseError: grpc.StatusCode.NOT_FOUND,
+    RolloutLostError: grpc.StatusCode.UNAVAILABLE,
     GrowthError: grpc.StatusCode.DEADLINE_EXCEEDED,
     EngineError: grpc.StatusCode.UNAVAILABLE,
-    RolloutLostError: grpc.StatusCode.UNAVAILABLE,
 }
+
+
+def _short(text: str) -> str:
+    """Details travel as metadata, whose size gRPC limits; input may be quoted in them."""
+    return text if len(text) <= _MOST_DETAILS else f"{text[:1200]} … {text[-400:]}"
 
 
 class reported:
@@ -37,6 +43,8 @@ class reported:
             return
         for known, code in _CODES.items():
             if isinstance(error, known):
-                await self._context.abort(code, str(error))
+                await self._context.abort(code, _short(str(error)))
         _log.error("a call failed", exc_info=error)
-        await self._context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        await self._context.abort(
+            grpc.StatusCode.INTERNAL, _short(f"{type(error).__name__}: {error}")
+        )

@@ -24,7 +24,10 @@ _WATCHES = 8
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Status of the server; `serving(True)` once it has generated, `beat` from the event loop."""
+    """Status of the server; `serving(True)` once it has generated, `beat` from the event loop.
+
+    Check only: a watcher would hold a thread of those that probes need.
+    """
 
     def __init__(self) -> None:
         self._inner = health.HealthServicer()
@@ -45,11 +48,6 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         if self._ready and time.monotonic() - self._beat > _STALE_S:
             return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
         return self._inner.Check(request, context)
-
-    def Watch(self, request: Any, context: Any, send: Any = None) -> Any:
-        return self._inner.Watch(request, context, send)
-
-    Watch.experimental_non_blocking = True  # type: ignore[attr-defined]
 
 
 def serve_health(servicer: Health, address: str) -> tuple[grpc.Server, int]:

@@ -39,7 +39,7 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
 
     async def _events(self, job: Job) -> AsyncIterator[pb.SampleTreeResponse]:
         arrived = time.time()
-        events: asyncio.Queue[pb.SampleTreeResponse] = asyncio.Queue()
+        events: asyncio.Queue[pb.SampleTreeResponse | None] = asyncio.Queue()
 
         async def grow() -> Tree:
             async with self._forest.places:
@@ -52,15 +52,11 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
                 )
 
         growth = asyncio.create_task(grow())
+        growth.add_done_callback(lambda _: events.put_nowait(None))
         self.interactive += 1
         try:
-            while not growth.done() or not events.empty():
-                event = asyncio.create_task(events.get())
-                await asyncio.wait({growth, event}, return_when=asyncio.FIRST_COMPLETED)
-                if event.done():
-                    yield event.result()
-                else:
-                    event.cancel()
+            while (event := await events.get()) is not None:
+                yield event
             yield pb.SampleTreeResponse(tree=tree_to_proto(growth.result()))
         finally:  # also when the caller cancels: its rollouts are aborted
             self.interactive -= 1

@@ -14,6 +14,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ibtree.errors import FieldError
+
 _KEPT = 2
 
 
@@ -39,13 +41,20 @@ class WeightStore:
         return self._dir / f"{version}.safetensors"
 
     def serving(self) -> Serving:
-        """What served last; version 0 if nothing did, or if it was another model."""
+        """What served last; version 0 if nothing did, or if it was another model.
+
+        Raises FieldError if the pointer is damaged.
+        """
         if not self._pointer.is_file():
             return Serving()
-        entry = json.loads(self._pointer.read_text())
-        if entry["model_id"] != self._model_id:
-            return Serving()
-        return Serving(entry["version"], bytes.fromhex(entry["digest"]))
+        try:
+            entry = json.loads(self._pointer.read_text())
+            serving = Serving(int(entry["version"]), bytes.fromhex(entry["digest"]))
+            other_model = entry["model_id"] != self._model_id
+        except (ValueError, TypeError, KeyError) as error:
+            problem = f"{self._pointer} is damaged ({error!r})"
+            raise FieldError("data_dir", problem, "remove it to start from the model") from error
+        return Serving() if other_model else serving
 
     def keep(self, version: int) -> Path:
         """Makes the staged file durable as this version."""
@@ -69,9 +78,11 @@ class WeightStore:
             os.fsync(file.fileno())
         fresh.rename(self._pointer)
         self._sync()
-        versions = sorted(int(path.stem) for path in self._dir.glob("*.safetensors"))
+        names = (path.stem for path in self._dir.glob("*.safetensors"))
+        versions = sorted(int(name) for name in names if name.isdecimal())
+        kept = [version for version in versions if version <= serving.version][-_KEPT:]
         for version in versions:
-            if version > serving.version or version not in versions[-_KEPT:]:
+            if version not in kept:
                 self.path(version).unlink()
 
     def _sync(self) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ibtree.errors import FieldError, PreconditionError
 from ibtree.messages import PushOutcome
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _HEADER_BYTES_PER_TENSOR = 4096
+_VERSIONS = 2**63  # trees carry them as 64-bit integers
 
 
 class WeightState(StrEnum):
@@ -74,10 +75,12 @@ class WeightUpdater:
         kept = self._store.serving()
         if kept.version:
             path = self._store.path(kept.version)
+            if not path.is_file():
+                raise FieldError("data_dir", f"{path} is missing", "put it back, or start anew")
             specs = await asyncio.to_thread(describe, path)
             manifest = WeightManifest(kept.version, self.model_id, specs, path.stat().st_size)
             if manifest.digest != kept.digest:
-                raise FieldError("data_dir", f"{path} is damaged", "remove it to start anew")
+                raise FieldError("data_dir", f"{path} is damaged", "put it back, or start anew")
             await self._load(kept.version)
             self.serving = kept
             _log.info("serving weight version %s again", kept.version)
@@ -88,34 +91,39 @@ class WeightUpdater:
         Raises PreconditionError (another model, not newer, tensors that do not fit), FieldError
         (bytes that do not match the manifest), EngineError (not applied).
         """
-        async with self._lock:
-            if (manifest.version, manifest.digest) == (self.serving.version, self.serving.digest):
+        await self._lock.acquire()
+        try:
+            if Serving(manifest.version, manifest.digest) == self.serving:
+                self._lock.release()
                 return PushOutcome(manifest.version, WeightState.SERVING, manifest.digest, 0.0)
             self._enter(WeightState.ANNOUNCED, manifest)
-            try:
-                self._check(manifest)
-                await self._receive(manifest, chunks)
-                self._enter(WeightState.RECEIVED, manifest)
-                await asyncio.to_thread(_verify, self._store.staging, manifest)
-                self._enter(WeightState.VERIFIED, manifest)
-                await asyncio.to_thread(self._store.keep, manifest.version)
-                self._enter(WeightState.STAGED, manifest)
-                pause_s = await self._finish(self._apply(manifest))
-            except BaseException:
-                if self.serving.version != manifest.version:
-                    self._enter(WeightState.REJECTED, manifest)
-                raise
-            return PushOutcome(manifest.version, self.state, manifest.digest, pause_s)
-
-    async def _finish(self, applying: Coroutine[Any, Any, float]) -> float:
-        """A caller that goes away must not leave half a version in the engine: it is applied to
-        the end, and only then the next push may begin."""
-        task = asyncio.ensure_future(applying)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await asyncio.wait({task})
+            self._check(manifest)
+            await self._receive(manifest, chunks)
+            self._enter(WeightState.RECEIVED, manifest)
+        except BaseException:
+            self._enter(WeightState.REJECTED, manifest)
+            self._lock.release()
             raise
+        # With all its bytes here the version goes its way to the end, whether the caller waits or
+        # not: half a version must not stay in the engine, nor the next push meet this one's file.
+        finishing = asyncio.ensure_future(self._finish(manifest))
+        finishing.add_done_callback(lambda _: self._lock.release())
+        pause_s = await asyncio.shield(finishing)
+        return PushOutcome(manifest.version, self.state, manifest.digest, pause_s)
+
+    async def _finish(self, manifest: WeightManifest) -> float:
+        """From received to serving, or rejected; returns the pause [s]."""
+        try:
+            await asyncio.to_thread(_verify, self._store.staging, manifest)
+            self._enter(WeightState.VERIFIED, manifest)
+            await asyncio.to_thread(self._store.keep, manifest.version)
+            self._enter(WeightState.STAGED, manifest)
+            pause_s = await self._apply(manifest)
+        except BaseException:
+            self._enter(WeightState.REJECTED, manifest)
+            raise
+        self._enter(WeightState.SERVING, manifest)
+        return pause_s
 
     def _enter(self, state: WeightState, manifest: WeightManifest) -> None:
         """The one place where a version changes its state."""
@@ -131,6 +139,11 @@ class WeightUpdater:
             )
         if manifest.base_version is not None:
             raise PreconditionError("base_version: deltas are not taken; push a whole version")
+        if manifest.version >= _VERSIONS:
+            problem = f"got {manifest.version}"
+            raise FieldError(
+                "manifest.version", problem, f"above the served one, below {_VERSIONS}"
+            )
         if manifest.version <= self.serving.version:
             raise PreconditionError(
                 f"version: {manifest.version} is not newer than the served {self.serving.version}"
@@ -167,7 +180,7 @@ class WeightUpdater:
                 received += len(chunk)
                 if received > limit:
                     raise FieldError("chunk", f"more than {limit} bytes", "the announced size")
-                await asyncio.to_thread(file.write, chunk)
+                file.write(chunk)  # 2 MiB into the page cache; a thread could outlive the push
         if received != limit:
             raise FieldError("chunk", f"the stream ended after {received} bytes", f"{limit}")
 
@@ -175,15 +188,14 @@ class WeightUpdater:
         serving = Serving(manifest.version, manifest.digest)
         try:
             pause_s = await self._load(manifest.version)
+            self._enter(WeightState.APPLIED, manifest)
+            await asyncio.to_thread(self._store.serve, serving)
         except DrainTimeout:
             raise
         except Exception:
             await self._put_back()
             raise
-        self._enter(WeightState.APPLIED, manifest)
-        await asyncio.to_thread(self._store.serve, serving)
         self.serving = serving
-        self._enter(WeightState.SERVING, manifest)
         return pause_s
 
     async def _load(self, version: int) -> float:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
 from learner.config import LearnerConfig
-from learner.model import _mend_torchvision
+from learner.model import mend_torchvision
 from tests.reference import slow_loss
 from tests.reference.slow_loss import Policy, Setting, Tokens
 from tests.unit.growing import Pair, step_of
 
-_mend_torchvision()  # before anything imports transformers
+mend_torchvision()  # before anything imports transformers
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")

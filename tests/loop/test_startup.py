@@ -59,7 +59,7 @@ def test_a_tokenizer_that_cannot_make_the_separator(tmp_path: Path) -> None:
         ("--grader=oracle", "grader: unknown grader 'oracle'"),
         ("--rounds=0", "rounds: got 0"),
         ("--temperature=nan", "temperature"),
-        ("--value-estimator=median", "value_estimator: unknown value 'median'"),
+        ("--value-estimator=median", "value-estimator: unknown value 'median'"),
         ("--colour=red", "colour"),
     ],
 )

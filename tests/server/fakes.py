@@ -1,0 +1,141 @@
+"""Stand-ins without a model: a byte tokenizer, and an engine that writes seeded arithmetic."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ibtree.options import SamplingOptions
+from ibtree.tree import Finish
+from server_ext.engine import Completion, DrainTimeout
+from server_ext.gate import Gate, StillBusy
+from server_ext.grow.segment import Segmenter
+
+EOS = 256
+# tokens of several characters, and of a part of one
+EXTRA = {257: b".\n\n", 258: b"\n\n", 259: b"\n\n\n", 260: b"\xe2\x82", 261: b"\xac\n", 262: b"a\n"}
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Returns as soon as the condition holds; fails the test when it does not in time."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.002)
+
+
+class ToyTokenizer:
+    """The same methods as server_ext.text.Tokenizer; ids 0 to 255 are bytes."""
+
+    def __len__(self) -> int:
+        return 257 + len(EXTRA)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = True) -> str:
+        eos = b"<eos>" if special else b""
+        parts = (eos if i == EOS else EXTRA.get(i) or bytes([i]) for i in token_ids)
+        return b"".join(parts).decode(errors="replace")
+
+    def segmenter(self, separator: str) -> Segmenter:
+        closers = {i for i in range(len(self)) if separator[-1] in self.decode([i])}
+        return Segmenter(self.decode, separator, closers if separator[-1].isascii() else None)
+
+
+def toy_text(token_ids: Sequence[int], number: int) -> str:
+    """Two steps and an answer; the steps that the prefix holds already are left out."""
+    rng = random.Random(zlib.crc32(repr((tuple(token_ids), number)).encode()))
+    steps = [f"{rng.randrange(3)}+{rng.randrange(2)}\n\n", f"={rng.randrange(3)}.\n\n"]
+    done = ToyTokenizer().decode(token_ids).count("\n\n")
+    return "".join([*steps[done:], f"#### {rng.randrange(3)}"])
+
+
+class FakeEngine:
+    """Implements server_ext.engine.Engine; records what it loads.
+
+    `write` makes the text of a rollout from its token ids and number. While `go_on` is not set
+    rollouts hang, while `half_way` is not set updates do. Each update takes one entry of `faults`
+    (an exception, or None) and raises it half-way.
+    """
+
+    def __init__(self, drain_timeout_s: float = 5.0) -> None:
+        self.context_tokens, self.dtype = 512, "F32"
+        self.write: Callable[[Sequence[int], int], str] = toy_text
+        self.go_on, self.half_way = asyncio.Event(), asyncio.Event()
+        self.go_on.set()
+        self.half_way.set()
+        self.faults: deque[Exception | None] = deque()
+        self.version, self.weights = 0, dict[str, torch.Tensor]()
+        self.updates: list[int] = []
+        self.running: dict[str, asyncio.Event] = {}
+        self.requests: list[str] = []
+        self.updating = False
+        self._gate, self._drain_timeout_s = Gate(), drain_timeout_s
+
+    async def generate(
+        self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
+    ) -> Completion:
+        assert rid not in self.running
+        assert 0 < max_new_tokens < self.context_tokens - len(token_ids)
+        async with self._gate.rollout():
+            aborted = self.running[rid] = asyncio.Event()
+            self.requests.append(rid)
+            try:
+                await self._held(aborted)
+                out = (*self.write(token_ids, int(rid.rsplit("/", 1)[1])).encode(), EOS)
+            finally:
+                del self.running[rid]
+        finish = Finish.STOP if len(out) <= max_new_tokens else Finish.LENGTH
+        out, finish = (out[:3], Finish.NONE) if aborted.is_set() else (out[:max_new_tokens], finish)
+        logprobs = tuple(-((t * 7 + i) % 16) / 16 for i, t in enumerate(out))
+        versions = (self.version,) * len(out)
+        return Completion(out, logprobs, versions, finish, len(token_ids), len(token_ids) // 2)
+
+    async def _held(self, aborted: asyncio.Event) -> None:
+        waits = {asyncio.ensure_future(event.wait()) for event in (self.go_on, aborted)}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+
+    def abort(self, rid: str) -> None:
+        if rid in self.running:  # like SGLang's, which knows no requests that wait at the gate
+            self.running[rid].set()
+
+    async def update_weights(
+        self, tensors: Sequence[tuple[str, torch.Tensor]], version: int
+    ) -> float:
+        try:
+            async with self._gate.update(self._drain_timeout_s):
+                assert not self.running
+                await self._load(tensors, version)
+        except StillBusy as error:
+            raise DrainTimeout("rollouts did not end") from error
+        return 0.25
+
+    async def _load(self, tensors: Sequence[tuple[str, torch.Tensor]], version: int) -> None:
+        assert not self.updating, "two updates at once"
+        self.updating = True
+        try:
+            fault = self.faults.popleft() if self.faults else None
+            for at, (name, tensor) in enumerate(tensors):
+                if at == 1:
+                    await self.half_way.wait()
+                    if fault:
+                        raise fault
+                self.weights[name] = tensor.clone()
+            self.version = version
+            self.updates.append(version)
+        finally:
+            self.updating = False
+
+    def shutdown(self) -> None:
+        pass

@@ -1,0 +1,109 @@
+"""The three services on a real gRPC server over loopback, with the fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+
+from ibtree import AsyncClient, Prompt
+from ibtree.options import SamplingOptions, TreeOptions, changed
+from ibtree.v1 import (
+    queue_pb2_grpc,
+    sampling_pb2,
+    sampling_pb2_grpc,
+    weights_pb2_grpc,
+)
+from ibtree.wire import tree_to_proto
+from ibtree.wire_calls import prompt_from_proto
+from server_ext.forest import Forest
+from server_ext.journal import Journal
+from server_ext.producer import JournalThread, Producer
+from server_ext.rewards.base import Graders
+from server_ext.rewards.exact import ExactGrader
+from server_ext.services.queue import QueueService
+from server_ext.services.sampling import SamplingService
+from server_ext.services.weights import WeightsService
+from tests.server.fakes import ToyTokenizer
+from tests.server.versions import MODEL_ID, Served
+
+DEFAULTS = TreeOptions(
+    init_rollouts=3, rounds=4, sampling=SamplingOptions(max_new_tokens=64, temperature=1.0)
+)
+CONTEXT, MAX_TRAJECTORIES = 512, 40
+
+
+def prompt(text: str = "What?", id: str = "", **options: Any) -> Prompt:
+    return Prompt(text, id, "1", "", changed(DEFAULTS, **options) if options else None)
+
+
+class Site:
+    """`async with Site(folder)`: built like server_ext.app, without the process around it."""
+
+    def __init__(self, folder: Path, **limits: Any) -> None:
+        self.weights = Served(folder)
+        self.engine, self.updater = self.weights.engine, self.weights.updater
+        self.tokenizer = ToyTokenizer()
+        open_journal = partial(Journal, folder / "j.sqlite", max_returns=2, max_failures=3)
+        self.journal = JournalThread(open_journal)
+        self.forest = Forest(
+            self.engine,
+            self.tokenizer,
+            self.tokenizer.segmenter("\n\n"),
+            Graders({"exact": ExactGrader("####")}),
+            model_id=MODEL_ID,
+            defaults=DEFAULTS,
+            default_grader="exact",
+            max_trajectories=MAX_TRAJECTORIES,
+            max_open_trees=limits.get("max_open_trees", 4),
+        )
+        self.producer = Producer(
+            self.journal,
+            self.forest,
+            lambda data: prompt_from_proto(sampling_pb2.Prompt.FromString(data), DEFAULTS),
+            lambda tree: tree_to_proto(tree).SerializeToString(),
+        )
+        self.sampling = SamplingService(self.forest, self.journal, self.producer)
+
+    async def __aenter__(self) -> Self:
+        self.server = grpc.aio.server(options=[("grpc.max_receive_message_length", 2**26)])
+        sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(self.sampling, self.server)
+        queue = QueueService(self.journal, self.producer, 60.0, lambda: self.sampling.interactive)
+        queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, self.server)
+        weights = WeightsService(self.updater)
+        weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, self.server)
+        self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        await self.server.start()
+        self.producing = asyncio.create_task(self.producer.run())
+        self.client = AsyncClient(self.target, timeout_s=20.0)
+        # no retries: what the server says is what the test sees
+        self.channel = grpc.aio.insecure_channel(self.target)
+        self.raw_sampling = sampling_pb2_grpc.TreeSamplingServiceStub(self.channel)
+        self.raw_queue = queue_pb2_grpc.TreeQueueServiceStub(self.channel)
+        self.raw_weights = weights_pb2_grpc.WeightsServiceStub(self.channel)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.channel.close()
+        await self.client.close()
+        self.engine.go_on.set()
+        self.engine.half_way.set()
+        await self.server.stop(0)
+        self.producing.cancel()
+        with suppress(asyncio.CancelledError):
+            await self.producing
+        self.journal.close()
+
+    async def still_serves(self) -> None:
+        """A tree grows, and the queue hands one out."""
+        tree = await self.client.sample_tree(prompt("Still there?"), timeout_s=20)
+        assert tree.trajectories == DEFAULTS.trajectories
+        accepted, known = await self.client.submit_prompts([prompt("And the queue?", "still")])
+        assert accepted + known == 1
+        leased = await self.client.lease_trees(1, wait_s=10)
+        assert [one.tree.tree_id for one in leased] == ["still"]
+        await self.client.nack_trees([leased[0].lease_id], "only looking")

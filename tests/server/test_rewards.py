@@ -1,0 +1,195 @@
+"""The graders: exact, and math with the real library in real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from ibtree.errors import FieldError
+from server_ext.rewards import math as math_module
+from server_ext.rewards.base import Graders, Submission
+from server_ext.rewards.exact import ExactGrader, final_answer
+from server_ext.rewards.math import MathGrader
+from tests.server.grading import library_is_loaded, misbehaving
+
+EXACT = ExactGrader("####")
+
+
+@pytest.fixture(scope="module")
+def maths() -> Iterator[MathGrader]:
+    grader = MathGrader(1, 60.0, "####")
+    yield grader
+    grader.close()
+
+
+@pytest.fixture
+def fragile(monkeypatch) -> Iterator[MathGrader]:
+    """One process whose grades do as they are told, and the time limit that they have."""
+    monkeypatch.setattr(math_module, "verify_math", misbehaving)
+    grader = MathGrader(1, 0.5, "####")
+    yield grader
+    grader.close()
+
+
+def grade(grader, completion: str, answer: str):
+    return grader.grade(Submission("Q", completion, answer))
+
+
+@pytest.mark.parametrize(
+    ("completion", "found"),
+    [
+        ("so #### 42", "42"),
+        ("####42", "42"),
+        ("#### 1\n#### 2", "2"),  # the last marker wins
+        ("#### 1 #### 2", "2"),
+        ("####   4 2 \t\nand so on", "4 2"),
+        ("####\r\n42", "42"),
+        ("#### 42\r\n", "42"),
+        ("####", ""),
+        ("#### ", ""),
+        ("42", ""),
+        ("### 42", ""),
+        ("", ""),
+    ],
+)
+def test_the_final_answer(completion, found):
+    assert final_answer(completion, "####") == found
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("#### 42", "42", 1.0),
+        ("#### 42", " 42\n", 1.0),
+        ("#### 7\n#### 42 ", "42", 1.0),
+        ("#### 42\n#### 7", "42", 0.0),
+        ("42", "42", 0.0),
+        ("#### 42.0", "42", 0.0),
+        ("#### 4 2", "42", 0.0),
+        ("#### A", "a", 0.0),
+        ("", "42", 0.0),
+        ("####", "42", 0.0),
+    ],
+)
+async def test_exact(completion, answer, reward):
+    assert await grade(EXACT, completion, answer) == reward
+
+
+async def test_exact_with_another_marker():
+    assert await grade(ExactGrader("Answer:"), "#### 1\nAnswer: 2", "2") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("#### 0.5", "1/2", 1.0),
+        ("#### 1/2", "0.5", 1.0),
+        ("#### 70,000", "70000", 1.0),
+        ("#### $18", "18", 1.0),
+        ("#### 18 dollars", "18", 1.0),
+        ("#### 18.0", "18", 1.0),
+        (r"so \boxed{\frac{1}{2}}", "0.5", 1.0),
+        (r"so \boxed{7}, not 8", "7", 1.0),
+        (r"so $\sqrt{8}$", r"$2\sqrt{2}$", 1.0),
+        (r"\boxed{\{1, 2, 3\}}", r"\{3, 2, 1\}", 1.0),
+        (r"\boxed{\{1, 2\}}", r"\{3, 2, 1\}", 0.0),
+        (r"\boxed{(2, 1)}", "$(1, 2)$", 0.0),
+        ("the answer is 18", "18", 1.0),
+        ("#### 18\n#### 19", "18", 0.0),
+        (r"\boxed{18} #### 19", "18", 0.0),
+        ("#### 17", "18", 0.0),
+        ("#### -3", "3", 0.0),
+        ("#### 0.333", "1/3", 0.0),
+        ("no idea", "18", 0.0),
+        ("####", "18", 0.0),
+        ("", "18", 0.0),
+        (r"\boxed{", "18", 0.0),
+        ("\0\ud7ff$$ \\frac{", "18", 0.0),
+    ],
+)
+async def test_math(maths, completion, answer, reward):
+    assert await grade(maths, completion, answer) == reward
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [r"2\sqrt{3}", "5x + 3", r"\frac{\pi}{2}", "6 - 5i", r"(-\infty, 2)", "x^2+1", r"(3, \pi)"],
+)
+async def test_math_takes_a_bare_latex_reference(maths, answer):
+    """As the MATH data set has them: the same formula is right, boxed and after the marker."""
+    assert await grade(maths, rf"so \boxed{{{answer}}}.", answer) == 1.0
+    assert await grade(maths, f"so\n#### ${answer}$", answer) == 1.0
+    assert await grade(maths, f"so\n#### {answer}", answer) == 1.0
+
+
+@pytest.mark.parametrize(("number", "answer"), [("5", "6 - 5i"), ("2", "2k+2"), ("5", "5x + 3")])
+async def test_math_does_not_take_a_number_for_a_formula(maths, number, answer):
+    assert await grade(maths, rf"\boxed{{{number}}}", answer) == 0.0
+
+
+async def test_the_import_of_the_library_is_not_in_the_time_limit(monkeypatch):
+    """A process loads it before its first grade, also one that replaces a killed process."""
+    monkeypatch.setattr(math_module, "verify_math", library_is_loaded)
+    grader = MathGrader(1, 10.0, "####")
+    try:
+        assert await grade(grader, "1", "1") == 1.0
+    finally:
+        grader.close()
+
+
+async def test_a_monster_costs_one_time_limit_and_gives_0():
+    grader = MathGrader(1, 2.0, "####")
+    try:
+        began = time.monotonic()
+        assert await grade(grader, "#### 10^10^10^10", "3") == 0.0
+        assert time.monotonic() - began < 10
+        assert await grade(grader, "#### 3", "3") == 1.0
+    finally:
+        grader.close()
+
+
+async def test_a_grade_that_hangs_gives_0_and_the_pool_goes_on(fragile):
+    assert await grade(fragile, "7", "7") == 1.0  # the process is up
+    began = time.monotonic()
+    assert await grade(fragile, "hang", "7") == 0.0
+    assert 0.5 <= time.monotonic() - began < 5
+    assert await grade(fragile, "7", "7") == 1.0
+
+
+@pytest.mark.parametrize("how", ["die", "raise", "recurse"])
+async def test_a_grade_that_crashes_gives_0_and_the_pool_goes_on(fragile, how):
+    for _ in range(2):
+        assert await grade(fragile, how, "7") == 0.0
+        assert await grade(fragile, "7", "7") == 1.0
+
+
+async def test_hung_and_dying_grades_between_others(fragile):
+    completions = ["7", "die", "8", "hang", "raise", "7", "die", "7"]
+    rewards = await asyncio.gather(*(grade(fragile, c, "7") for c in completions))
+    assert rewards == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0]
+
+
+async def test_a_cancelled_grade_frees_its_process(fragile):
+    task = asyncio.create_task(grade(fragile, "hang", "7"))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.wait_for(grade(fragile, "7", "7"), 10) == 1.0
+
+
+def test_unknown_graders_and_missing_answers_are_refused():
+    graders = Graders({"exact": EXACT, "math": EXACT})
+    assert graders.named("exact") is EXACT
+    graders.check("exact", "42")
+    for name in ("", "Exact", "nope"):
+        with pytest.raises(FieldError, match=r"exact \| math") as caught:
+            graders.check(name, "42")
+        assert caught.value.field == "grader"
+    for answer in ("", " \n"):
+        with pytest.raises(FieldError, match="'exact' needs one") as caught:
+            graders.check("exact", answer)
+        assert caught.value.field == "answer"

@@ -1,0 +1,155 @@
+"""The weight versions on disk: the pointer, what is kept, crashes at every step."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from ibtree.errors import FieldError
+from server_ext.weights.store import Serving, WeightStore
+from tests.server.versions import MODEL_ID, version_of
+
+DIGEST = bytes(range(32))
+
+
+@pytest.fixture
+def store(tmp_path) -> WeightStore:
+    return WeightStore(tmp_path / "deep" / "weights", MODEL_ID)
+
+
+def reopened(store: WeightStore, model_id: str = MODEL_ID) -> WeightStore:
+    return WeightStore(store.staging.parent, model_id)
+
+
+def put(store: WeightStore, version: int, serve: bool = True) -> None:
+    store.staging.write_bytes(b"version %d" % version)
+    store.keep(version)
+    if serve:
+        store.serve(Serving(version, DIGEST))
+
+
+def files(store: WeightStore) -> set[str]:
+    return {path.name for path in store.staging.parent.iterdir()}
+
+
+def test_nothing_served_is_version_0(store):
+    assert store.serving() == reopened(store).serving() == Serving(0, b"")
+
+
+def test_a_version_is_kept_and_served_across_re_opening(store):
+    put(store, 3)
+    again = reopened(store)
+    assert again.serving() == Serving(3, DIGEST)
+    assert again.path(3).read_bytes() == b"version 3"
+    assert files(again) == {"3.safetensors", "serving.json"}
+
+
+def test_a_push_in_progress_is_dropped_when_opened(store):
+    put(store, 3)
+    store.staging.write_bytes(b"half")
+    assert files(reopened(store)) == {"3.safetensors", "serving.json"}
+
+
+def test_another_model_starts_anew(store):
+    put(store, 3)
+    assert reopened(store, "another").serving() == Serving()
+
+
+def test_the_version_before_is_kept_and_older_ones_are_dropped(store):
+    for version in (1, 2, 5, 9):
+        put(store, version)
+    assert files(store) == {"5.safetensors", "9.safetensors", "serving.json"}
+
+
+@pytest.mark.parametrize("others", [[3], [8, 9], [1, 8, 9], [3, 5], [3, 4, 5, 6]])
+def test_the_served_version_is_never_dropped(store, others):
+    """Beside newer ones: staged and never applied, or of another model's longer run."""
+    for version in others:
+        put(store, version, serve=False)
+    put(store, 2)
+    assert reopened(store).serving() == Serving(2, DIGEST)
+    assert store.path(2).read_bytes() == b"version 2"
+
+
+def test_a_foreign_file_does_not_stop_it(store):
+    (store.staging.parent / "backup.safetensors").write_bytes(b"")
+    put(store, 1)
+    assert reopened(store).serving() == Serving(1, DIGEST)
+
+
+class Crash(BaseException):
+    """The process dies here."""
+
+
+class Fuse:
+    """Replaces the calls that touch the disk; the one at `at` crashes instead of being made."""
+
+    def __init__(self, monkeypatch, at: int) -> None:
+        self.calls, self.at = 0, at
+        for owner, name in [(os, "fsync"), (Path, "rename"), (Path, "unlink"), (json, "dump")]:
+            monkeypatch.setattr(owner, name, self.wrapped(getattr(owner, name)))
+
+    def wrapped(self, call):
+        def burn(*args, **kwargs):
+            if self.calls == self.at:
+                raise Crash
+            self.calls += 1
+            return call(*args, **kwargs)
+
+        return burn
+
+
+DISK_CALLS = 8  # three to keep a version, four to serve it, one to drop an old one
+
+
+@pytest.mark.parametrize("at", range(DISK_CALLS + 1))
+async def test_a_crash_anywhere_leaves_exactly_the_old_or_the_new_version(served, at, monkeypatch):
+    """In a whole push; the new process then takes the push again."""
+    for number in (1, 2):
+        await served.push(number)
+    version = version_of(served.folder, 3)
+    with monkeypatch.context() as patched:
+        fuse = Fuse(patched, at)
+        with suppress(Crash):
+            await served.updater.push(version.manifest, version.chunks())
+        assert fuse.calls == at
+    await served.restart()
+    assert served.updater.serving.version == (2 if at <= 5 else 3)
+    served.check(served.updater.serving.version)
+    await served.updater.push(version.manifest, version.chunks())
+    served.check(3)
+    await served.restart()
+    served.check(3)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "bit", "other version"])
+async def test_a_damaged_served_version_is_refused_at_the_start(served, damage):
+    await served.push(1)
+    await served.push(2)
+    path = served.store.path(2)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[:-1])
+    elif damage == "bit":
+        path.write_bytes(data)
+    else:
+        path.write_bytes(served.store.path(1).read_bytes())
+    with pytest.raises(FieldError) as caught:
+        await served.restart()
+    assert caught.value.field in ("data_dir", "weights")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": 1}'])
+async def test_a_damaged_pointer_is_refused_with_its_field(served, content):
+    await served.push(1)
+    (served.folder / "weights" / "serving.json").write_text(content)
+    with pytest.raises(FieldError) as caught:
+        await served.restart()
+    assert caught.value.field == "data_dir"
