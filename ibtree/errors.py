@@ -11,7 +11,7 @@ class FieldError(ValueError):
 
     def __init__(self, field: str, problem: str, allowed: str) -> None:
         super().__init__(f"{field}: {problem}; allowed: {allowed}")
-        self.field = field
+        self.field, self.problem, self.allowed = field, problem, allowed
 
     def as_option(self) -> str:
         """The message with the field as a command-line option."""

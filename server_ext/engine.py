@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,6 +22,10 @@ _BUCKET_BYTES = 512 * 1024 * 1024
 
 class EngineError(RuntimeError):
     """The engine refused or lost a request, or an update of its weights."""
+
+
+class MixedWeightsError(EngineError):
+    """An update failed half-way and the old version could not be put back: stop serving."""
 
 
 class DrainTimeout(EngineError):
@@ -56,9 +60,9 @@ class Engine(Protocol):
 
     def abort(self, rid: str) -> None: ...
 
-    async def update_weights(
-        self, tensors: Sequence[tuple[str, torch.Tensor]], version: int
-    ) -> float: ...
+    def paused(self) -> AbstractAsyncContextManager[None]: ...
+
+    async def load(self, tensors: Sequence[tuple[str, torch.Tensor]], version: int) -> None: ...
 
     def shutdown(self) -> None: ...
 
@@ -94,6 +98,7 @@ class SglangEngine:
         self._tp_size = int(server_args.tp_size)
         self._drain_timeout_s = drain_timeout_s
         self._gate = Gate()
+        self._waiting: dict[str, asyncio.Task[Any] | None] = {}
 
     async def generate(
         self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
@@ -106,7 +111,12 @@ class SglangEngine:
             "max_new_tokens": max_new_tokens,
             "skip_special_tokens": False,
         }
-        async with self._gate.rollout():
+        self._waiting[rid] = asyncio.current_task()
+        try:
+            await self._gate.enter()
+        finally:
+            del self._waiting[rid]
+        try:
             try:
                 out = await self._engine.async_generate(
                     input_ids=list(token_ids),
@@ -116,19 +126,40 @@ class SglangEngine:
                 )
             except ValueError as error:
                 raise EngineError(f"request {rid}: {error}") from error
+        finally:
+            self._gate.leave()
         return _completion(out)
 
     def abort(self, rid: str) -> None:
-        """Ends a running request early; its `generate` returns what it has."""
-        self._engine.tokenizer_manager.abort_request(rid)
+        """Ends a request early: its `generate` returns what it has, or is cancelled if it still
+        waits for a weight update."""
+        if waiting := self._waiting.get(rid):
+            waiting.cancel()
+        else:
+            self._engine.tokenizer_manager.abort_request(rid)
 
-    async def update_weights(
-        self, tensors: Sequence[tuple[str, torch.Tensor]], version: int
-    ) -> float:
-        """Swaps weights between rollouts and empties the radix cache; returns the pause [s].
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """No rollout runs inside: those in flight finish first, new ones wait.
 
-        Rollouts in flight finish first, new ones wait. Raises EngineError; the engine may then
-        hold a mix of weights, and the caller must apply a whole version again or stop serving.
+        Raises DrainTimeout if they do not finish in time. After MixedWeightsError inside, rollouts
+        wait for ever: the process is to end.
+        """
+        try:
+            async with self._gate.update(self._drain_timeout_s):
+                try:
+                    yield
+                except MixedWeightsError:
+                    self._gate.shut()
+                    raise
+        except StillBusy as error:
+            raise DrainTimeout(f"{error}; nothing was applied") from error
+
+    async def load(self, tensors: Sequence[tuple[str, torch.Tensor]], version: int) -> None:
+        """Swaps weights and empties the radix cache; only inside `paused`.
+
+        Raises EngineError; the engine may then hold a mix of weights, and a whole version must be
+        loaded before rollouts go on.
         """
         from sglang.srt.managers.io_struct import (
             BeginWeightUpdateReqInput,
@@ -138,26 +169,16 @@ class SglangEngine:
         from sglang.srt.utils import MultiprocessingSerializer
 
         manager = self._engine.tokenizer_manager
-        start = time.monotonic()
-        try:
-            async with self._gate.update(self._drain_timeout_s):
-                _check(await manager.begin_weight_update(BeginWeightUpdateReqInput(), None))
-                for bucket in _buckets(tensors):
-                    # one payload a rank: each is consumed by the rank that reads it
-                    parts = [
-                        MultiprocessingSerializer.serialize(bucket) for _ in range(self._tp_size)
-                    ]
-                    request = UpdateWeightsFromTensorReqInput(
-                        serialized_named_tensors=parts,
-                        flush_cache=False,
-                        weight_version=str(version),
-                    )
-                    _check(await manager.update_weights_from_tensor(request, None))
-                _check(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
-                await self._flush()
-        except StillBusy as error:
-            raise DrainTimeout(f"{error}; nothing was applied") from error
-        return time.monotonic() - start
+        _check(await manager.begin_weight_update(BeginWeightUpdateReqInput(), None))
+        for bucket in _buckets(tensors):
+            # one payload a rank: each is consumed by the rank that reads it
+            parts = [MultiprocessingSerializer.serialize(bucket) for _ in range(self._tp_size)]
+            request = UpdateWeightsFromTensorReqInput(
+                serialized_named_tensors=parts, flush_cache=False, weight_version=str(version)
+            )
+            _check(await manager.update_weights_from_tensor(request, None))
+        _check(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
+        await self._flush()
 
     async def _flush(self) -> None:
         """Empties the radix cache: KV of the old weights must never serve the new ones."""

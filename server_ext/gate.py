@@ -24,24 +24,37 @@ class Gate:
         self._open.set()
         self._empty.set()
         self._one_update = asyncio.Lock()
+        self._shut = False
 
     @property
     def inside(self) -> int:
         """Rollouts inside now."""
         return self._inside
 
-    @asynccontextmanager
-    async def rollout(self) -> AsyncIterator[None]:
+    def shut(self) -> None:
+        """Inside an update: the gate never opens again."""
+        self._shut = True
+
+    async def enter(self) -> None:
+        """Waits until the gate is open; then a rollout is inside until it calls `leave`."""
         while not self._open.is_set():  # another update may close it before this one wakes up
             await self._open.wait()
         self._inside += 1
         self._empty.clear()
+
+    def leave(self) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self._empty.set()
+
+    @asynccontextmanager
+    async def rollout(self) -> AsyncIterator[None]:
+        """`enter` and `leave`."""
+        await self.enter()
         try:
             yield
         finally:
-            self._inside -= 1
-            if not self._inside:
-                self._empty.set()
+            self.leave()
 
     @asynccontextmanager
     async def update(self, drain_timeout_s: float) -> AsyncIterator[None]:
@@ -55,4 +68,5 @@ class Gate:
                     raise StillBusy(f"rollouts did not end within {drain_timeout_s} s") from error
                 yield
             finally:
-                self._open.set()
+                if not self._shut:
+                    self._open.set()

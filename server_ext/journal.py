@@ -136,12 +136,14 @@ class Journal:
     def store(self, id_: str, tree: bytes) -> None:
         """A grown, graded tree, ready to be leased."""
         with self._transaction():
+            self._growing(id_)
             self._db.execute("UPDATE trees SET tree = ? WHERE id = ?", (tree, id_))
             self._move([id_], State.GRADED)
 
     def fail(self, id_: str, reason: str) -> State:
         """Growing failed: queued again, or dead after too many failures."""
         with self._transaction():
+            self._growing(id_)
             self._note(id_, reason)
             self._db.execute("UPDATE trees SET failures = failures + 1 WHERE id = ?", (id_,))
             query = "SELECT failures FROM trees WHERE id = ?"
@@ -151,9 +153,10 @@ class Journal:
         return state
 
     def requeue(self, id_: str) -> None:
-        """Growing was interrupted by no fault of the prompt's."""
+        """Growing was interrupted by no fault of the prompt's; a no-op for a tree just stored."""
         with self._transaction():
-            self._move([id_], State.QUEUED)
+            if self._state(id_) is State.GROWING:
+                self._move([id_], State.QUEUED)
 
     def lease(self, count: int, lease_s: float, max_bytes: int) -> list[Leased]:
         """Leases the oldest graded trees: at most `count` and, beyond the first, `max_bytes`."""
@@ -217,6 +220,14 @@ class Journal:
         """Why a tree failed or was given back, oldest first."""
         row = self._db.execute("SELECT reasons FROM trees WHERE id = ?", (id_,)).fetchone()
         return [] if row is None else list(json.loads(row[0]))
+
+    def _state(self, id_: str) -> State | None:
+        row = self._db.execute("SELECT state FROM trees WHERE id = ?", (id_,)).fetchone()
+        return None if row is None else State(row[0])
+
+    def _growing(self, id_: str) -> None:
+        if self._state(id_) is not State.GROWING:
+            raise LookupError(f"tree {id_!r} is not growing: {self._state(id_)}")
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)

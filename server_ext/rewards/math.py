@@ -17,7 +17,8 @@ from pebble import ProcessExpired, ProcessPool
 from server_ext.rewards.base import Submission
 from server_ext.rewards.exact import final_answer
 
-_PROSE = re.compile(r"(?<!\\)\b[A-Za-z]{3,}")
+_PROSE = re.compile(r"\b[A-Za-z]{3,}")
+_NUMBER = re.compile(r"[-+]?\d+([ ,]\d{3})*(\.\d+)?( \d+/\d+)?")
 _log = logging.getLogger(__name__)
 
 
@@ -37,8 +38,9 @@ def verify_math(completion: str, answer: str, marker: str) -> float:
 
 def _as_formula(answer: str) -> str:
     """Bare LaTeX is only read as a whole between dollars; outside, just its last number is.
-    That is what is wanted of prose ("18 dollars")."""
-    as_it_is = "$" in answer or "\\boxed" in answer or _PROSE.search(answer)
+    That is what is wanted of prose ("18 dollars"), and of plain numbers ("1 000")."""
+    prose = "\\" not in answer and _PROSE.search(answer)
+    as_it_is = prose or "$" in answer or "\\boxed" in answer or _NUMBER.fullmatch(answer.strip())
     return answer if as_it_is else f"${answer}$"
 
 

@@ -76,7 +76,11 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
                     problem = f"{message.id!r} is empty or stands twice in the call"
                     raise FieldError(f"prompts[{i}].id", problem, "distinct ids")
                 seen.add(message.id)
-                self._forest.check(prompt_from_proto(message, self._forest.defaults))
+                try:
+                    self._forest.check(prompt_from_proto(message, self._forest.defaults))
+                except FieldError as error:
+                    where = f"prompts[{i}]: {error.field}"
+                    raise FieldError(where, error.problem, error.allowed) from error
                 rows.append((message.id, message.SerializeToString(deterministic=True)))
             accepted, known = await self._journal(Journal.submit, rows)
             self._producer.notify()

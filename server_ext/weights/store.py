@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,8 @@ class WeightStore:
         kept = [version for version in versions if version <= serving.version][-_KEPT:]
         for version in versions:
             if version not in kept:
-                self.path(version).unlink()
+                with suppress(OSError):  # what cannot be dropped now is dropped the next time
+                    self.path(version).unlink()
 
     def _sync(self) -> None:
         handle = os.open(self._dir, os.O_RDONLY)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from ibtree.errors import FieldError, PreconditionError
 from ibtree.messages import PushOutcome
 from ibtree.weights import DTYPE_BYTES, TensorSpec, WeightManifest, describe
-from server_ext.engine import DrainTimeout, Engine
+from server_ext.engine import Engine, MixedWeightsError
 from server_ext.weights.store import Serving, WeightStore
 
 if TYPE_CHECKING:
@@ -39,10 +40,6 @@ class WeightState(StrEnum):
     APPLIED = "applied"
     SERVING = "serving"
     REJECTED = "rejected"
-
-
-class MixedWeightsError(RuntimeError):
-    """An update failed half-way and the old version could not be put back: stop serving."""
 
 
 class WeightUpdater:
@@ -81,7 +78,9 @@ class WeightUpdater:
             manifest = WeightManifest(kept.version, self.model_id, specs, path.stat().st_size)
             if manifest.digest != kept.digest:
                 raise FieldError("data_dir", f"{path} is damaged", "put it back, or start anew")
-            await self._load(kept.version)
+            tensors = await asyncio.to_thread(self._tensors, kept.version)
+            async with self._engine.paused():
+                await self._engine.load(tensors, kept.version)
             self.serving = kept
             _log.info("serving weight version %s again", kept.version)
 
@@ -109,7 +108,7 @@ class WeightUpdater:
         finishing = asyncio.ensure_future(self._finish(manifest))
         finishing.add_done_callback(lambda _: self._lock.release())
         pause_s = await asyncio.shield(finishing)
-        return PushOutcome(manifest.version, self.state, manifest.digest, pause_s)
+        return PushOutcome(manifest.version, WeightState.SERVING, manifest.digest, pause_s)
 
     async def _finish(self, manifest: WeightManifest) -> float:
         """From received to serving, or rejected; returns the pause [s]."""
@@ -185,36 +184,37 @@ class WeightUpdater:
             raise FieldError("chunk", f"the stream ended after {received} bytes", f"{limit}")
 
     async def _apply(self, manifest: WeightManifest) -> float:
+        """No rollout runs from the first tensor until the version serves or the old one is back."""
         serving = Serving(manifest.version, manifest.digest)
-        try:
-            pause_s = await self._load(manifest.version)
-            self._enter(WeightState.APPLIED, manifest)
-            await asyncio.to_thread(self._store.serve, serving)
-        except DrainTimeout:
-            raise
-        except Exception:
-            await self._put_back()
-            raise
-        self.serving = serving
-        return pause_s
+        tensors = await asyncio.to_thread(self._tensors, manifest.version)
+        async with self._engine.paused():
+            begin = time.monotonic()
+            try:
+                await self._engine.load(tensors, manifest.version)
+                self._enter(WeightState.APPLIED, manifest)
+                await asyncio.to_thread(self._store.serve, serving)
+            except Exception:
+                await self._put_back()
+                raise
+            self.serving = serving
+            return time.monotonic() - begin
 
-    async def _load(self, version: int) -> float:
-        tensors = await asyncio.to_thread(self._tensors, version)
-        return await self._engine.update_weights(tensors, version)
+    async def _put_back(self) -> None:
+        _log.exception("an update failed half-way; putting version %s back", self.serving.version)
+        try:
+            tensors = await asyncio.to_thread(self._tensors, self.serving.version)
+            await self._engine.load(tensors, self.serving.version)
+            if self._store.serving() != self.serving:
+                await asyncio.to_thread(self._store.serve, self.serving)
+        except Exception as error:
+            self.broken.set()
+            raise MixedWeightsError("the old weights could not be put back") from error
 
     def _tensors(self, version: int) -> list[tuple[str, torch.Tensor]]:
         from safetensors.torch import load_file  # imports torch: not before it is needed
 
         files = [self._store.path(version)] if version else self._model_dir.glob("*.safetensors")
         return [item for path in sorted(files) for item in load_file(path).items()]
-
-    async def _put_back(self) -> None:
-        _log.exception("an update failed half-way; putting version %s back", self.serving.version)
-        try:
-            await self._load(self.serving.version)
-        except Exception as error:
-            self.broken.set()
-            raise MixedWeightsError("the old weights could not be put back") from error
 
 
 def _verify(path: Path, manifest: WeightManifest) -> None:

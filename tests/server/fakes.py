@@ -7,7 +7,8 @@ import random
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import torch
 
@@ -110,18 +111,16 @@ class FakeEngine:
         if rid in self.running:  # like SGLang's, which knows no requests that wait at the gate
             self.running[rid].set()
 
-    async def update_weights(
-        self, tensors: Sequence[tuple[str, torch.Tensor]], version: int
-    ) -> float:
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
         try:
             async with self._gate.update(self._drain_timeout_s):
                 assert not self.running
-                await self._load(tensors, version)
+                yield
         except StillBusy as error:
             raise DrainTimeout("rollouts did not end") from error
-        return 0.25
 
-    async def _load(self, tensors: Sequence[tuple[str, torch.Tensor]], version: int) -> None:
+    async def load(self, tensors: Sequence[tuple[str, torch.Tensor]], version: int) -> None:
         assert not self.updating, "two updates at once"
         self.updating = True
         try:

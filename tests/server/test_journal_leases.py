@@ -44,8 +44,9 @@ def test_the_byte_limit_holds_beyond_the_first(book, max_bytes, leased):
 
 
 def test_a_tree_over_the_byte_limit_waits_for_its_turn_and_comes_alone(book):
-    book.graded("a", "big", "c", size=2)
-    book.journal.store("big", b"big".ljust(1000, b"."))
+    book.graded("a", size=2)
+    book.graded("big", size=1000)
+    book.graded("c", size=2)
     assert [trees(book, 9, 100) for _ in range(4)] == [["a"], ["big"], ["c"], []]
 
 

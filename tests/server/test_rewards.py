@@ -16,6 +16,7 @@ from server_ext.rewards.math import MathGrader
 from tests.server.grading import library_is_loaded, misbehaving
 
 EXACT = ExactGrader("####")
+MATRIX = r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,8 @@ async def test_exact_with_another_marker():
         (r"\boxed{\{1, 2\}}", r"\{3, 2, 1\}", 0.0),
         (r"\boxed{(2, 1)}", "$(1, 2)$", 0.0),
         ("the answer is 18", "18", 1.0),
+        ("#### 1 000", "1000", 1.0),
+        ("#### 2", "3 1/2", 0.0),
         ("#### 18\n#### 19", "18", 0.0),
         (r"\boxed{18} #### 19", "18", 0.0),
         ("#### 17", "18", 0.0),
@@ -116,7 +119,18 @@ async def test_math(maths, completion, answer, reward):
 
 @pytest.mark.parametrize(
     "answer",
-    [r"2\sqrt{3}", "5x + 3", r"\frac{\pi}{2}", "6 - 5i", r"(-\infty, 2)", "x^2+1", r"(3, \pi)"],
+    [
+        *(
+            r"2\sqrt{3}",
+            "5x + 3",
+            r"\frac{\pi}{2}",
+            "6 - 5i",
+            r"(-\infty, 2)",
+            "x^2+1",
+            r"(3, \pi)",
+        ),
+        *(MATRIX, r"\text{Evelyn}", r"5\sqrt{2}\text{ units}"),
+    ],
 )
 async def test_math_takes_a_bare_latex_reference(maths, answer):
     """As the MATH data set has them: the same formula is right, boxed and after the marker."""
@@ -125,7 +139,7 @@ async def test_math_takes_a_bare_latex_reference(maths, answer):
     assert await grade(maths, f"so\n#### {answer}", answer) == 1.0
 
 
-@pytest.mark.parametrize(("number", "answer"), [("5", "6 - 5i"), ("2", "2k+2"), ("5", "5x + 3")])
+@pytest.mark.parametrize(("number", "answer"), [("5", "6 - 5i"), ("2", "2k+2"), ("2", MATRIX)])
 async def test_math_does_not_take_a_number_for_a_formula(maths, number, answer):
     assert await grade(maths, rf"\boxed{{{number}}}", answer) == 0.0
 

@@ -9,10 +9,10 @@ from contextlib import suppress
 import pytest
 
 from ibtree.options import SamplingOptions
-from server_ext.engine import DrainTimeout, EngineError
+from server_ext.engine import DrainTimeout, EngineError, MixedWeightsError
 from server_ext.weights import updater as updater_module
 from server_ext.weights.store import Serving
-from server_ext.weights.updater import MixedWeightsError, WeightState
+from server_ext.weights.updater import WeightState
 from tests.server.fakes import until
 from tests.server.test_updater import LIFE, watched
 from tests.server.versions import Served, version_of

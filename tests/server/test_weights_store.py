@@ -86,18 +86,18 @@ class Crash(BaseException):
 
 
 class Fuse:
-    """Replaces the calls that touch the disk; the one at `at` crashes instead of being made."""
+    """Replaces the calls that touch the disk; the one at `at` raises instead of being made."""
 
-    def __init__(self, monkeypatch, at: int) -> None:
-        self.calls, self.at = 0, at
+    def __init__(self, monkeypatch, at: int, error: type[BaseException]) -> None:
+        self.calls, self.at, self.error = 0, at, error
         for owner, name in [(os, "fsync"), (Path, "rename"), (Path, "unlink"), (json, "dump")]:
             monkeypatch.setattr(owner, name, self.wrapped(getattr(owner, name)))
 
     def wrapped(self, call):
         def burn(*args, **kwargs):
-            if self.calls == self.at:
-                raise Crash
             self.calls += 1
+            if self.calls == self.at + 1:
+                raise self.error
             return call(*args, **kwargs)
 
         return burn
@@ -113,10 +113,10 @@ async def test_a_crash_anywhere_leaves_exactly_the_old_or_the_new_version(served
         await served.push(number)
     version = version_of(served.folder, 3)
     with monkeypatch.context() as patched:
-        fuse = Fuse(patched, at)
+        fuse = Fuse(patched, at, Crash)
         with suppress(Crash):
             await served.updater.push(version.manifest, version.chunks())
-        assert fuse.calls == at
+        assert fuse.calls == min(at + 1, DISK_CALLS)
     await served.restart()
     assert served.updater.serving.version == (2 if at <= 5 else 3)
     served.check(served.updater.serving.version)
@@ -124,6 +124,23 @@ async def test_a_crash_anywhere_leaves_exactly_the_old_or_the_new_version(served
     served.check(3)
     await served.restart()
     served.check(3)
+
+
+@pytest.mark.parametrize("at", range(DISK_CALLS))
+async def test_a_failing_disk_call_leaves_engine_and_disk_of_one_mind(served, at, monkeypatch):
+    """The process lives on; whatever it says it serves is what a restart serves."""
+    for number in (1, 2):
+        await served.push(number)
+    version = version_of(served.folder, 3)
+    with monkeypatch.context() as patched:
+        Fuse(patched, at, OSError)
+        with suppress(OSError):
+            await served.updater.push(version.manifest, version.chunks())
+    number = served.updater.serving.version
+    served.check(number)
+    assert served.updater.state == ("serving" if number == 3 else "rejected")
+    await served.restart()
+    served.check(number)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "bit", "other version"])
