@@ -116,7 +116,7 @@ def sample_tree(target: str, problem: task.Problem) -> tuple[Tree, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=30, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=27, help="optimiser steps")
     parser.add_argument("--compare", action="store_true", help="also train GRPO")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -141,7 +141,7 @@ def demo(out: Path, steps: int, compare: bool) -> None:
     with server(out, "ib-tpo") as target:
         tree, texts = sample_tree(target, held_out[0])
         print(f"IB-TPO: {steps} steps of 32 trees, (B0, L, K, B) = (4, 9, 1, 1)", flush=True)
-        evaluate = f"--eval-every-steps={max(steps // 2, 1)}"
+        evaluate = f"--eval-every-steps={(steps + 1) // 2}"
         rows = learn(target, out, "ib-tpo", [f"--steps={steps}", evaluate, "--strategy=ib", *shape])
     seconds = time.monotonic() - began
     runs = [Run("IB-TPO", rows)]
@@ -168,7 +168,7 @@ def grpo(out: Path, ib_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             [
                 f"--max-tokens={budget:.0f}",
                 f"--steps={max(round(3 * budget / per_step), 1)}",
-                f"--eval-every-steps={max(len(steps) // 2, 1)}",
+                f"--eval-every-steps={(len(steps) + 1) // 2}",
                 "--strategy=independent",
                 "--init-rollouts=8",
                 "--rounds=1",
