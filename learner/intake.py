@@ -88,7 +88,9 @@ class Intake:
             leases = [one for one in leases if one.lease_id in self._held]
             if not got:
                 stats = self._client.queue_stats()
-                if not stats.queued + stats.growing + stats.graded and leases:
+                # leased to nobody: a learner killed between the answer and its note; they run out
+                elsewhere = stats.leased - len(self._held)
+                if not stats.queued + stats.growing + stats.graded + elsewhere and leases:
                     _log.warning("only %s trees for this step: prompts died", len(leases))
                     break
                 if time.monotonic() > until:

@@ -29,7 +29,7 @@ def learner_command(address: str, folder: Path, *arguments: str) -> list[str]:
         "--lr=5e-4",
         "--prompts-ahead-steps=0",
         "--kl-weight=0",
-        "--lease-s=60",
+        "--lease-s=20",
         *SAMPLING,
         *arguments,
     )
