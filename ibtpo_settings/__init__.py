@@ -63,7 +63,7 @@ class Settings(BaseSettings):
             name = ".".join(str(part) for part in first["loc"]).replace("_", "-")
             got = "" if first["type"] == "missing" else f" (got {first['input']!r})"
             sys.exit(f"{prog}: --{name}: {first['msg']}{got}; see {prog} --help")
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"{prog}: {' '.join(str(error).split())}; see {prog} --help")
 
     @classmethod

@@ -86,6 +86,14 @@ class TreeOptions:
         return self.init_rollouts + (self.rounds - 1) * self.branch_nodes * self.branch_rollouts
 
 
+def options_from(settings: object) -> TreeOptions:
+    """The options whose fields the settings have under the same names; the rest stay defaults."""
+    inner = [f.name for f in fields(SamplingOptions) if hasattr(settings, f.name)]
+    outer = [f.name for f in fields(TreeOptions) if hasattr(settings, f.name)]
+    sampling = SamplingOptions(**{name: getattr(settings, name) for name in inner})
+    return TreeOptions(sampling=sampling, **{name: getattr(settings, name) for name in outer})
+
+
 def changed(options: TreeOptions, **changes: Any) -> TreeOptions:
     """`options` with fields replaced; keys are fields of TreeOptions or of SamplingOptions."""
     inner = {f.name for f in fields(SamplingOptions)}

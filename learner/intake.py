@@ -11,7 +11,7 @@ import grpc
 
 from ibtree.client import Client, RpcFailed
 from ibtree.messages import Prompt, TreeLease
-from ibtree.options import SamplingOptions, TreeOptions
+from ibtree.options import options_from
 from learner.checkpoint import TrainState
 from learner.config import LearnerConfig
 from learner.prompts import PromptStream
@@ -24,15 +24,6 @@ class QueueDry(RuntimeError):
     """No tree came within the learner's patience."""
 
 
-def tree_options(config: LearnerConfig) -> TreeOptions:
-    """How the run's trees are grown. Raises FieldError."""
-    sampling = {name: getattr(config, name) for name in SamplingOptions.__dataclass_fields__}
-    shared = set(TreeOptions.__dataclass_fields__) & set(type(config).model_fields)
-    return TreeOptions(
-        sampling=SamplingOptions(**sampling), **{name: getattr(config, name) for name in shared}
-    )
-
-
 class Intake:
     """Prompts in, leases out. What it holds is written down, so that a run that is killed gives
     its trees back when it comes back, instead of waiting until the leases run out."""
@@ -41,7 +32,7 @@ class Intake:
         self, client: Client, stream: PromptStream, config: LearnerConfig, state: TrainState
     ) -> None:
         self._client, self._stream, self._config, self._state = client, stream, config, state
-        self._options = tree_options(config)
+        self._options = options_from(config)
         self._held: dict[str, TreeLease] = {}
         self._extended = time.monotonic()
         self._note = config.out_dir / "leases.json"

@@ -19,11 +19,13 @@ from ibtree.client import Client
 from ibtree.errors import FieldError
 from ibtree.evaluate import evaluate
 from ibtree.messages import Prompt, TreeLease
+from ibtree.options import options_from
+from ibtree.questions import Question, read_questions
 from learner.checkpoint import Checkpoints, TrainState
 from learner.config import LearnerConfig
-from learner.intake import Intake, tree_options
+from learner.intake import Intake
 from learner.model import load_policy, pick_device
-from learner.prompts import PromptStream, Question, read_questions
+from learner.prompts import PromptStream
 from learner.publish import Publisher
 from learner.report import Figures, Reporter, staleness, tree_figures
 from learner.trainer import Trainer
@@ -139,7 +141,7 @@ def _evaluate(
     if held_out:
         prompts = [Prompt(q.prompt, "", q.answer, config.grader) for q in held_out]
         with report.phase("evaluate"):
-            accuracy = evaluate(config.server, prompts, tree_options(config))
+            accuracy = evaluate(config.server, prompts, options_from(config))
         report.accuracy(state.step, accuracy)
 
 

@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from ibtree.errors import FieldError
-from ibtree.options import SamplingOptions
+from ibtree.options import SamplingOptions, options_from
 from ibtree.v1 import queue_pb2_grpc, sampling_pb2, sampling_pb2_grpc, weights_pb2_grpc
 from ibtree.weights import checkpoint_specs, model_identity
 from ibtree.wire import tree_to_proto
@@ -59,7 +59,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         _exit_on_signal()
         model_id = model_identity(config.model)
         graders = _graders(config, stack)
-        defaults = config.tree_options()
+        defaults = options_from(config)
         check_job_names(defaults, graders, config.grader)
 
         server = grpc.aio.server(options=_GRPC_OPTIONS)

@@ -9,7 +9,6 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ibtpo_settings import Settings
-from ibtree.options import SamplingOptions, TreeOptions
 
 
 class ServerConfig(Settings):
@@ -92,11 +91,3 @@ class ServerConfig(Settings):
     """Default number of tokens kept; -1 keeps all."""
     max_new_tokens: int = 2048
     """Default limit of one trajectory's generated tokens."""
-
-    def tree_options(self) -> TreeOptions:
-        """The defaults of a prompt that names no options. Raises FieldError."""
-        sampling = {name: getattr(self, name) for name in SamplingOptions.__dataclass_fields__}
-        outer = set(TreeOptions.__dataclass_fields__) & set(type(self).model_fields)
-        return TreeOptions(
-            sampling=SamplingOptions(**sampling), **{name: getattr(self, name) for name in outer}
-        )

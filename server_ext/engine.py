@@ -113,21 +113,18 @@ class SglangEngine:
         }
         self._waiting[rid] = asyncio.current_task()
         try:
-            await self._gate.enter()
-        finally:
-            del self._waiting[rid]
-        try:
-            try:
+            async with self._gate.rollout():
+                del self._waiting[rid]
                 out = await self._engine.async_generate(
                     input_ids=list(token_ids),
                     sampling_params=parameters,
                     return_logprob=True,
                     rid=rid,
                 )
-            except ValueError as error:
-                raise EngineError(f"request {rid}: {error}") from error
+        except ValueError as error:
+            raise EngineError(f"request {rid}: {error}") from error
         finally:
-            self._gate.leave()
+            self._waiting.pop(rid, None)
         return _completion(out)
 
     def abort(self, rid: str) -> None:

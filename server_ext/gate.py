@@ -35,26 +35,19 @@ class Gate:
         """Inside an update: the gate never opens again."""
         self._shut = True
 
-    async def enter(self) -> None:
-        """Waits until the gate is open; then a rollout is inside until it calls `leave`."""
+    @asynccontextmanager
+    async def rollout(self) -> AsyncIterator[None]:
+        """Waits until the gate is open; the rollout is inside for the block."""
         while not self._open.is_set():  # another update may close it before this one wakes up
             await self._open.wait()
         self._inside += 1
         self._empty.clear()
-
-    def leave(self) -> None:
-        self._inside -= 1
-        if not self._inside:
-            self._empty.set()
-
-    @asynccontextmanager
-    async def rollout(self) -> AsyncIterator[None]:
-        """`enter` and `leave`."""
-        await self.enter()
         try:
             yield
         finally:
-            self.leave()
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
 
     @asynccontextmanager
     async def update(self, drain_timeout_s: float) -> AsyncIterator[None]:

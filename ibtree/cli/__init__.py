@@ -13,6 +13,7 @@ from ibtree.errors import FieldError
 from ibtree.evaluate import evaluate
 from ibtree.messages import Prompt
 from ibtree.options import TreeOptions, changed
+from ibtree.questions import read_questions
 
 
 def main() -> None:
@@ -62,16 +63,8 @@ def _weights(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, object]:
-    prompts = []
-    for number, line in enumerate(arguments.prompts.read_text("utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            prompts.append(
-                Prompt(entry["prompt"], "", str(entry.get("answer", "")), arguments.grader)
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            allowed = 'objects {"prompt": text, "answer": text}'
-            raise FieldError(f"prompts:{number}", repr(error), allowed) from error
+    questions = read_questions(arguments.prompts)
+    prompts = [Prompt(q.prompt, "", q.answer, arguments.grader) for q in questions]
     options = changed(
         TreeOptions(),
         temperature=arguments.temperature,

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from ibtpo_settings import Settings
+from ibtree.options import options_from
+from ibtree.questions import read_questions
 from learner.config import LearnerConfig
-from learner.prompts import read_questions
 from server_ext.config import ServerConfig
 from tests.deploy.manifests import (
     BAKED,
@@ -112,7 +113,7 @@ def test_settings_resolve(manifests, resolve):
     server = resolve(manifests, manifests.server)
     learner = resolve(manifests, manifests.learner)
     assert isinstance(server, ServerConfig) and isinstance(learner, LearnerConfig)
-    server.tree_options()
+    options_from(server)
     assert server.host == "0.0.0.0"
     assert learner.model == server.model, "the learner refuses another model than the server's"
 

@@ -9,9 +9,11 @@ import pytest
 
 from ibtree.client import RpcFailed
 from ibtree.messages import TreeLease
+from ibtree.options import options_from
+from ibtree.questions import Question
 from learner.checkpoint import TrainState
-from learner.intake import Intake, QueueDry, tree_options
-from learner.prompts import PromptStream, Question
+from learner.intake import Intake, QueueDry
+from learner.prompts import PromptStream
 from tests.learner.fake_queue import Queue
 from tests.learner.tiny import config
 
@@ -192,6 +194,6 @@ def test_stopping_gives_everything_back(make, tmp_path):
 
 
 def test_tree_options_are_the_runs():
-    options = tree_options(config(strategy="independent", rounds=3, beta=2.0, max_new_tokens=77))
+    options = options_from(config(strategy="independent", rounds=3, beta=2.0, max_new_tokens=77))
     assert (options.strategy, options.rounds, options.beta) == ("independent", 3, 2.0)
     assert options.sampling.max_new_tokens == 77 and options.sampling.top_k == 20

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from ibtree.errors import FieldError
-from learner.prompts import PromptStream, Question, read_questions
+from ibtree.questions import Question, read_questions
+from learner.prompts import PromptStream
 
 
 def write(folder, *lines: str | bytes):
