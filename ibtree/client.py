@@ -15,9 +15,20 @@ import grpc
 import grpc.aio
 
 from ibtree import wire_calls
-from ibtree.messages import Expansion, Prompt, PushOutcome, QueueStats, ServedWeights, TreeLease
+from ibtree.messages import (
+    CacheAudit,
+    CacheState,
+    Expansion,
+    Prompt,
+    PushOutcome,
+    QueueStats,
+    ServedWeights,
+    TreeLease,
+)
 from ibtree.tree import Tree
 from ibtree.v1 import (
+    cache_pb2,
+    cache_pb2_grpc,
     queue_pb2,
     queue_pb2_grpc,
     sampling_pb2,
@@ -30,7 +41,7 @@ from ibtree.weights import WeightManifest
 DEFAULT_TARGET = "127.0.0.1:7300"
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _REMEDY = "start ibtpo-server or give its address"
-_SERVICES = ("TreeSamplingService", "TreeQueueService", "WeightsService")
+_SERVICES = ("TreeSamplingService", "TreeQueueService", "WeightsService", "CacheService")
 _RETRY = {
     "maxAttempts": 5,
     "initialBackoff": "0.2s",
@@ -83,6 +94,7 @@ class Client:
         self._sampling = sampling_pb2_grpc.TreeSamplingServiceStub(self._channel)
         self._queue = queue_pb2_grpc.TreeQueueServiceStub(self._channel)
         self._weights = weights_pb2_grpc.WeightsServiceStub(self._channel)
+        self._cache = cache_pb2_grpc.CacheServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -174,6 +186,15 @@ class Client:
             self._call(self._weights.PushWeights, parts, timeout_s, wait)
         )
 
+    def cache_state(self) -> CacheState:
+        request = cache_pb2.GetCacheRequest()
+        return wire_calls.cache_from_proto(self._call(self._cache.GetCache, request))
+
+    def audit_cache(self, samples: int = 32, *, timeout_s: float = 600.0) -> CacheAudit:
+        """Compares cached prefixes of open trees with computed ones."""
+        request = cache_pb2.AuditCacheRequest(samples=samples)
+        return wire_calls.audit_from_proto(self._call(self._cache.AuditCache, request, timeout_s))
+
 
 class AsyncClient:
     """Asynchronous client; the same calls as Client. Use inside one running event loop."""
@@ -184,6 +205,7 @@ class AsyncClient:
         self._sampling = sampling_pb2_grpc.TreeSamplingServiceStub(self._channel)
         self._queue = queue_pb2_grpc.TreeQueueServiceStub(self._channel)
         self._weights = weights_pb2_grpc.WeightsServiceStub(self._channel)
+        self._cache = cache_pb2_grpc.CacheServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -278,4 +300,15 @@ class AsyncClient:
         parts = wire_calls.push_parts(manifest, path)
         return wire_calls.pushed_from_proto(
             await self._call(self._weights.PushWeights, parts, timeout_s, wait)
+        )
+
+    async def cache_state(self) -> CacheState:
+        request = cache_pb2.GetCacheRequest()
+        return wire_calls.cache_from_proto(await self._call(self._cache.GetCache, request))
+
+    async def audit_cache(self, samples: int = 32, *, timeout_s: float = 600.0) -> CacheAudit:
+        """Compares cached prefixes of open trees with computed ones."""
+        request = cache_pb2.AuditCacheRequest(samples=samples)
+        return wire_calls.audit_from_proto(
+            await self._call(self._cache.AuditCache, request, timeout_s)
         )

@@ -76,3 +76,26 @@ class PushOutcome:
     state: str
     digest: bytes
     pause_s: float
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """The engine's radix cache (fields: GetCacheResponse in cache.proto). [tokens]"""
+
+    pool_tokens: int = 0
+    capacity_tokens: int = 0
+    protected_tokens: int = 0
+    evicted_tokens: int = 0
+    open_trees: int = 0
+    ranks_agree: bool = True
+
+
+@dataclass(frozen=True)
+class CacheAudit:
+    """Cached prefixes against computed ones (fields: AuditCacheResponse in cache.proto)."""
+
+    samples: int = 0
+    prefix_tokens: int = 0
+    cached_tokens: int = 0
+    stale_tokens: int = 0
+    max_difference: float = 0.0

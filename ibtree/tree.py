@@ -71,6 +71,8 @@ class Ledger:
     cached_tokens: int = 0
     wall_s: float = 0.0
     queue_s: float = 0.0
+    refilled_tokens: int = 0
+    protected_tokens: int = 0
 
 
 _ROOT = Step.__new__(Step)  # the one step without tokens

@@ -6,10 +6,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from ibtree.messages import Expansion, Prompt, PushOutcome, QueueStats, ServedWeights, TreeLease
+from ibtree.messages import (
+    CacheAudit,
+    CacheState,
+    Expansion,
+    Prompt,
+    PushOutcome,
+    QueueStats,
+    ServedWeights,
+    TreeLease,
+)
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
-from ibtree.v1 import queue_pb2, sampling_pb2, tree_pb2, weights_pb2
+from ibtree.v1 import cache_pb2, queue_pb2, sampling_pb2, tree_pb2, weights_pb2
 from ibtree.weights import CHUNK_BYTES, TensorSpec, WeightManifest
 from ibtree.wire import options_from_proto, options_to_proto, tree_from_proto
 
@@ -68,6 +77,22 @@ def stats_to_proto(stats: QueueStats) -> queue_pb2.GetQueueStatsResponse:
 
 def stats_from_proto(message: queue_pb2.GetQueueStatsResponse) -> QueueStats:
     return QueueStats(**{f.name: getattr(message, f.name) for f in fields(QueueStats)})
+
+
+def cache_to_proto(state: CacheState) -> cache_pb2.GetCacheResponse:
+    return cache_pb2.GetCacheResponse(**asdict(state))
+
+
+def cache_from_proto(message: cache_pb2.GetCacheResponse) -> CacheState:
+    return CacheState(**{f.name: getattr(message, f.name) for f in fields(CacheState)})
+
+
+def audit_to_proto(audit: CacheAudit) -> cache_pb2.AuditCacheResponse:
+    return cache_pb2.AuditCacheResponse(**asdict(audit))
+
+
+def audit_from_proto(message: cache_pb2.AuditCacheResponse) -> CacheAudit:
+    return CacheAudit(**{f.name: getattr(message, f.name) for f in fields(CacheAudit)})
 
 
 def manifest_to_proto(manifest: WeightManifest) -> weights_pb2.WeightManifest:

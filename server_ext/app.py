@@ -22,10 +22,17 @@ from grpc_health.v1 import health_pb2_grpc
 
 from ibtree.errors import FieldError
 from ibtree.options import SamplingOptions, options_from
-from ibtree.v1 import queue_pb2_grpc, sampling_pb2, sampling_pb2_grpc, weights_pb2_grpc
+from ibtree.v1 import (
+    cache_pb2_grpc,
+    queue_pb2_grpc,
+    sampling_pb2,
+    sampling_pb2_grpc,
+    weights_pb2_grpc,
+)
 from ibtree.weights import checkpoint_specs, model_identity
 from ibtree.wire import tree_to_proto
 from ibtree.wire_calls import prompt_from_proto
+from server_ext.audit import Auditor
 from server_ext.config import ServerConfig
 from server_ext.engine import SglangEngine
 from server_ext.forest import Forest, check_job_names
@@ -34,11 +41,13 @@ from server_ext.producer import JournalThread, Producer
 from server_ext.rewards.base import Graders
 from server_ext.rewards.exact import ExactGrader
 from server_ext.rewards.math import MathGrader
+from server_ext.services.cache import CacheService
 from server_ext.services.health import Health, serve_health
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
 from server_ext.text import Tokenizer
+from server_ext.web.metrics import Metrics, serve_metrics
 from server_ext.weights.store import WeightStore
 from server_ext.weights.updater import WeightUpdater
 
@@ -67,6 +76,10 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         health = Health()
         health_server, health_port = _bind("health_port", config, partial(serve_health, health))
         stack.callback(lambda: health_server.stop(0).wait())
+        metrics = Metrics()
+        web, web_port = _bind("web_port", config, partial(serve_metrics, metrics))
+        stack.callback(web.server_close)
+        stack.callback(web.shutdown)
         tokenizer = Tokenizer(config.model)
         segmenter = tokenizer.segmenter(config.separator)
         stack.enter_context(_locked(config.data_dir))
@@ -78,6 +91,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         updater = WeightUpdater(engine, store, config.model, specs, model_id)
         await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
         await updater.restore()
+        cache = await engine.trees.state()  # also: the radix backend answers
         stopping = _take_signals_back()
 
         forest = Forest(
@@ -90,15 +104,31 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             default_grader=config.grader,
             max_trajectories=config.max_trajectories,
             max_open_trees=config.max_open_trees,
+            cache_tokens=cache.capacity_tokens or None,
+            ended=metrics.tree,
         )
+        auditor = Auditor(engine, forest)
+        cache_service = CacheService(engine.trees, auditor)
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(cache_service, server)
         journal = JournalThread(partial(_journal, config))
         stack.callback(journal.close)
         producer = _add_services(server, config, forest, journal, updater)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         await server.start()
         health.serving(True)
-        print(f"ibtpo-server: serving on {config.host}:{port} (health {health_port})", flush=True)
-        await _until(stopping, server, health, config, producer.run(), _raise_when(updater.broken))
+        print(
+            f"ibtpo-server: serving on {config.host}:{port} (health {health_port}, web {web_port})",
+            flush=True,
+        )
+        background = [
+            producer.run(),
+            engine.trees.keep_open(),
+            metrics.watch(engine.trees.state),
+            _raise_when(updater.broken),
+        ]
+        if config.audit_every_s:
+            background.append(auditor.run(config.audit_every_s, metrics.audit))
+        await _until(stopping, server, health, config, *background)
 
 
 async def _until(
@@ -132,10 +162,17 @@ def _graders(config: ServerConfig, stack: AsyncExitStack) -> Graders:
 
 
 def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngine:
+    # both are read by the engine's processes
+    os.environ["IBTREE_CACHE_FRACTION"] = str(config.tree_cache_fraction)
     if config.threads:
-        os.environ["OMP_NUM_THREADS"] = str(config.threads)  # read by the engine's processes
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
     return SglangEngine(
-        str(config.model), config.device, config.dtype, config.drain_timeout_s, sglang_arguments
+        str(config.model),
+        config.device,
+        config.dtype,
+        config.drain_timeout_s,
+        sglang_arguments,
+        config.radix_cache,
     )
 
 

@@ -34,6 +34,8 @@ class ServerConfig(Settings):
     """gRPC port; 0 takes a free one and prints it."""
     health_port: int = Field(default=7302, ge=0, le=65535)
     """Port for plain gRPC health, answered from the first second on; 0 takes a free one."""
+    web_port: int = Field(default=7301, ge=0, le=65535)
+    """Port of the web page: metrics for Prometheus under /metrics; 0 takes a free one."""
     data_dir: Path = Path("runs/server")
     """Folder of the journal and of the weight store; survives restarts."""
 
@@ -50,6 +52,14 @@ class ServerConfig(Settings):
 
     max_open_trees: int = Field(default=64, ge=1)
     """Trees growing at once; more wait."""
+    radix_cache: Literal["ibtree", "default"] = "ibtree"
+    """SGLang's radix cache: ours, or its own, which does not know trees and is emptied at every
+    weight update (for comparisons)."""
+    tree_cache_fraction: float = Field(default=0.75, gt=0, le=1)
+    """Share of the KV pool in which open trees' prefixes are kept; beyond it trees wait, or the
+    oldest loses its protection."""
+    audit_every_s: float = Field(default=0.0, ge=0)
+    """Compare one cached prefix with a computed one this often; 0: never."""
     max_trajectories: int = Field(default=256, ge=1)
     """Most trajectories a prompt may ask for."""
     lease_s: float = Field(default=600.0, gt=0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from ibtree.options import SamplingOptions
 from ibtree.tree import Finish
 from server_ext import cpu
 from server_ext.gate import Gate, StillBusy
+from server_ext.tree_cache import NoTreeCache, TreeCache
 
 if TYPE_CHECKING:
     import torch
@@ -48,17 +51,32 @@ class Completion:
     cached_tokens: int
 
 
+@dataclass(frozen=True)
+class Score:
+    """The log-probability of one token after a prefix [nats], how many tokens of the prefix came
+    from the cache, and the weight version that scored."""
+
+    logprob: float
+    cached_tokens: int
+    version: int
+
+
 class Engine(Protocol):
     """What the rest of the server needs of an engine."""
 
     context_tokens: int
     dtype: str
+    trees: TreeCache
 
     async def generate(
         self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
     ) -> Completion: ...
 
     def abort(self, rid: str) -> None: ...
+
+    async def score(
+        self, prefix: Sequence[int], token: int, *, tree: str = "", cold: bool = False
+    ) -> Score: ...
 
     def paused(self) -> AbstractAsyncContextManager[None]: ...
 
@@ -77,25 +95,56 @@ class SglangEngine:
     """
 
     def __init__(
-        self, model: str, device: str, dtype: str, drain_timeout_s: float, arguments: Sequence[str]
+        self,
+        model: str,
+        device: str,
+        dtype: str,
+        drain_timeout_s: float,
+        arguments: Sequence[str],
+        radix_cache: str = "ibtree",
     ) -> None:
+        """`radix_cache`: "ibtree", or "default" for SGLang's own, which knows no trees and has to
+        be emptied at every weight update."""
         if device == "cpu":
             cpu.select()
         import sglang as sgl
+        from sglang.srt.managers import io_struct
+        from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import prepare_server_args
+        from sglang.utils import TypeBasedDispatcher
 
+        from server_ext.plugin import BACKEND, TreeCacheReqInput, TreeCacheReqOutput
+
+        backend = BACKEND if radix_cache == "ibtree" else ""
+
+        load_plugins()
         defaults = cpu.SERVER_ARGUMENTS if device == "cpu" else []
         ours = [f"--model-path={model}", f"--dtype={dtype}", "--weight-version=0", "--page-size=1"]
+        ours += [f"--radix-cache-backend={backend}"]
         quiet = ["--log-level=error", "--skip-server-warmup"]
         try:
             server_args = prepare_server_args([*ours, *quiet, *defaults, *arguments])
         except SystemExit as error:
             raise FieldError("--", "SGLang rejected its arguments", "sglang's options") from error
+        if server_args.dp_size > 1:
+            # the controller of the ranks loads no plugins: it can not decode our messages, but
+            # it can pass on pickles
+            os.environ["SGLANG_USE_PICKLE_IPC"] = "1"
+            io_struct._USE_PICKLE_IPC = True
         self._engine = sgl.Engine(server_args=server_args)
         manager = self._engine.tokenizer_manager
         self.context_tokens = int(manager.model_config.context_len)
         self.dtype = _SAFETENSORS_DTYPES[str(manager.model_config.dtype).removeprefix("torch.")]
         self._tp_size = int(server_args.tp_size)
+
+        def send(**message: Any) -> None:
+            manager._dispatch_to_scheduler(TreeCacheReqInput(**message))
+
+        self._flushes = not backend
+        self.trees = TreeCache(send, int(server_args.dp_size)) if backend else NoTreeCache()
+        manager._result_dispatcher += TypeBasedDispatcher(
+            [(TreeCacheReqOutput, self.trees.replied)]
+        )
         self._drain_timeout_s = drain_timeout_s
         self._gate = Gate()
         self._waiting: dict[str, asyncio.Task[Any] | None] = {}
@@ -120,6 +169,7 @@ class SglangEngine:
                     sampling_params=parameters,
                     return_logprob=True,
                     rid=rid,
+                    routed_dp_rank=self.trees.rank(rid.rpartition("/")[0]),
                 )
         except ValueError as error:
             raise EngineError(f"request {rid}: {error}") from error
@@ -134,6 +184,30 @@ class SglangEngine:
             waiting.cancel()
         else:
             self._engine.tokenizer_manager.abort_request(rid)
+
+    async def score(
+        self, prefix: Sequence[int], token: int, *, tree: str = "", cold: bool = False
+    ) -> Score:
+        """Scores `token` after the prefix, at temperature 1, where the tree's prefixes are cached
+        or, if `cold`, afresh. Cancelling the caller aborts it. Raises EngineError."""
+        rid = f"score-{uuid.uuid4().hex}"
+        try:
+            async with self._gate.rollout():
+                out = await self._engine.async_generate(
+                    input_ids=list(prefix),
+                    sampling_params={"max_new_tokens": 1, "temperature": 1.0},
+                    return_logprob=True,
+                    token_ids_logprob=[token],
+                    rid=rid,
+                    cache_salt=rid if cold else None,
+                    routed_dp_rank=self.trees.rank(tree),
+                )
+        except ValueError as error:
+            raise EngineError(f"request {rid}: {error}") from error
+        meta = out["meta_info"]
+        [[(logprob, _, _)]] = meta["output_token_ids_logprobs"]
+        [span] = meta["weight_versions"]
+        return Score(float(logprob), int(meta["cached_tokens"]), int(span["version"]))
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
@@ -153,7 +227,8 @@ class SglangEngine:
             raise DrainTimeout(f"{error}; nothing was applied") from error
 
     async def load(self, tensors: Sequence[tuple[str, torch.Tensor]], version: int) -> None:
-        """Swaps weights and empties the radix cache; only inside `paused`.
+        """Swaps weights; only inside `paused`. What the radix cache holds of other weights can
+        not be hit any more (radix.py) and is evicted when its place is needed.
 
         Raises EngineError; the engine may then hold a mix of weights, and a whole version must be
         loaded before rollouts go on.
@@ -175,10 +250,11 @@ class SglangEngine:
             )
             _check(await manager.update_weights_from_tensor(request, None))
         _check(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
-        await self._flush()
+        if self._flushes:
+            await self._flush()
 
     async def _flush(self) -> None:
-        """Empties the radix cache: KV of the old weights must never serve the new ones."""
+        """KV of the old weights must never serve the new ones."""
         for _ in range(50):
             # The scheduler refuses while an aborted request's last step is still in flight.
             if (await self._engine.tokenizer_manager.flush_cache()).success:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from ibtree.errors import FieldError
 from ibtree.messages import Expansion, Prompt
 from ibtree.options import TreeOptions, check_choice
-from ibtree.tree import Step, Tree
+from ibtree.tree import Finish, Step, Tree
+from server_ext.admission import Admission
 from server_ext.engine import Completion, Engine
 from server_ext.grow.grower import Grower, Rollout
 from server_ext.grow.segment import Segmenter
@@ -20,6 +21,7 @@ from server_ext.rewards.base import Graders, Submission
 from server_ext.text import Tokenizer
 
 _MAX_ID_CHARACTERS = 256
+_WARM_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,15 @@ class Job:
     answer: str
     grader: str
     options: TreeOptions
+
+
+@dataclass(frozen=True)
+class OpenPrefix:
+    """A prefix of a growing tree, and a token that followed it."""
+
+    tree: str
+    token_ids: tuple[int, ...]
+    next_token: int
 
 
 class Forest:
@@ -48,12 +59,19 @@ class Forest:
         default_grader: str,
         max_trajectories: int,
         max_open_trees: int,
+        cache_tokens: int | None,
+        ended: Callable[[Tree], None] = lambda _: None,
     ) -> None:
+        """`cache_tokens`: what the radix cache can hold for open trees (None: nobody knows);
+        `ended` is told of each tree that was grown to its end."""
         self.defaults, self.model_id = defaults, model_id
         self._engine, self._tokenizer, self._segmenter = engine, tokenizer, segmenter
         self._graders, self._default_grader = graders, default_grader
         self._max_trajectories = max_trajectories
         self.places = asyncio.Semaphore(max_open_trees)
+        self._admission = Admission(cache_tokens)
+        self._ended = ended
+        self._open: dict[str, Tree] = {}
         check_job_names(defaults, graders, default_grader)
 
     def check(self, prompt: Prompt) -> Job:
@@ -97,6 +115,15 @@ class Forest:
 
     async def grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
         """Grows the job's tree; hold one of `places`. `submitted_at` is Unix seconds."""
+        options = job.options
+        most_tokens = options.trajectories * options.sampling.max_new_tokens
+        async with self._admission.place(len(job.token_ids), most_tokens) as place:
+            tree = await self._grow(job, emit, submitted_at)
+            self._admission.ended(place, tree.unique_tokens)
+        self._ended(tree)
+        return tree
+
+    async def _grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
         tree = Tree(
             prompt=job.token_ids,
             tree_id=job.tree_id,
@@ -105,8 +132,32 @@ class Forest:
             options=job.options,
         )
         tree.ledger.queue_s = max(time.time() - submitted_at, 0.0)
-        sampler = _TreeSampler(self._engine, self._tokenizer, self._segmenter, self._graders, job)
-        return await Grower(tree, strategy_named(job.options.strategy), sampler, emit).grow()
+        # a prompt may be grown again after a failure while its old requests still die
+        name = f"{job.tree_id}/{uuid.uuid4().hex[:8]}"
+        sampler = _TreeSampler(
+            self._engine, self._tokenizer, self._segmenter, self._graders, job, name
+        )
+        self._engine.trees.open(name)
+        self._open[name] = tree
+        try:
+            await Grower(tree, strategy_named(job.options.strategy), sampler, emit).grow()
+            account = await self._engine.trees.close(name)
+        finally:
+            sampler.close()
+            del self._open[name]
+            self._engine.trees.drop(name)
+        tree.ledger.refilled_tokens = account.refilled
+        tree.ledger.protected_tokens = account.protected
+        return tree
+
+    def open_prefixes(self) -> list[OpenPrefix]:
+        """Of every tree that grows now: the prompt, and each node that has a child."""
+        return [
+            OpenPrefix(name, (*tree.prompt, *tree.prefix(node)), tree.steps[child].token_ids[0])
+            for name, tree in self._open.items()
+            for node in range(len(tree))
+            for child in tree.children(node)[:1]
+        ]
 
 
 def check_job_names(options: TreeOptions, graders: Graders, grader: str) -> None:
@@ -117,7 +168,7 @@ def check_job_names(options: TreeOptions, graders: Graders, grader: str) -> None
 
 
 class _TreeSampler:
-    """The grower's sampler for one tree; request ids are `<tree>/<growth>/<rollout>`."""
+    """The grower's sampler for one tree; request ids are `<name>/<rollout>`."""
 
     def __init__(
         self,
@@ -126,29 +177,49 @@ class _TreeSampler:
         segmenter: Segmenter,
         graders: Graders,
         job: Job,
+        name: str,
     ) -> None:
         self._engine, self._tokenizer, self._segmenter = engine, tokenizer, segmenter
-        self._job, self._grader = job, graders.named(job.grader)
-        # a prompt may be grown again after a failure while its old requests still die
-        self._growth = uuid.uuid4().hex[:8]
+        self._job, self._grader, self._name = job, graders.named(job.grader), name
         self._prompt_text = tokenizer.decode(job.token_ids, special=False)
         self._in_flight: set[str] = set()
+        self._aborted = False
+        self._warming: asyncio.Task[None] | None = None
 
     async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
+        if start == 0 and len(tree.prompt) >= _WARM_TOKENS:
+            await self._warmed(tree)
+            if self._aborted:
+                return Rollout([], Finish.NONE, 0, 0)
         prefix = tree.prefix(start)
-        rid = f"{tree.tree_id}/{self._growth}/{number}"
-        self._in_flight.add(rid)
-        try:
-            completion = await self._engine.generate(
-                rid,
-                (*tree.prompt, *prefix),
-                tree.options.sampling,
-                tree.options.sampling.max_new_tokens - len(prefix),
-            )
-        finally:
-            self._in_flight.discard(rid)
+        left = tree.options.sampling.max_new_tokens - len(prefix)
+        completion = await self._generate(tree, str(number), prefix, left)
         steps = self._steps(completion)
         return Rollout(steps, completion.finish, completion.prefix_tokens, completion.cached_tokens)
+
+    async def _warmed(self, tree: Tree) -> None:
+        """Computes the prompt once: requests that start together would each compute it."""
+
+        async def warm() -> None:
+            completion = await self._generate(tree, "prompt", (), 1)
+            tree.ledger.generated_tokens += len(completion.token_ids)
+            tree.ledger.prefix_tokens += completion.prefix_tokens
+            tree.ledger.cached_tokens += completion.cached_tokens
+
+        if self._warming is None:
+            self._warming = asyncio.create_task(warm())
+        await asyncio.shield(self._warming)
+
+    async def _generate(
+        self, tree: Tree, number: str, prefix: tuple[int, ...], max_new_tokens: int
+    ) -> Completion:
+        rid = f"{self._name}/{number}"
+        self._in_flight.add(rid)
+        try:
+            sampling, token_ids = tree.options.sampling, (*tree.prompt, *prefix)
+            return await self._engine.generate(rid, token_ids, sampling, max_new_tokens)
+        finally:
+            self._in_flight.discard(rid)
 
     def _steps(self, completion: Completion) -> list[Step]:
         steps, at = [], 0
@@ -168,5 +239,11 @@ class _TreeSampler:
         return await self._grader.grade(submission)
 
     def abort(self, tree: Tree) -> None:
+        self._aborted = True
         for rid in list(self._in_flight):
             self._engine.abort(rid)
+
+    def close(self) -> None:
+        """Nobody rolls any more."""
+        if self._warming:
+            self._warming.cancel()

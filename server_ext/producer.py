@@ -16,6 +16,7 @@ from server_ext.engine import EngineError
 from server_ext.forest import Forest
 from server_ext.grow.grower import GrowthError
 from server_ext.journal import Journal, Queued, State
+from server_ext.tree_cache import NoReplyError
 
 _log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -106,7 +107,7 @@ class Producer:
             await self._journal(Journal.requeue, queued.id)
             raise
         except Exception as error:
-            known = isinstance(error, (EngineError, GrowthError, FieldError))
+            known = isinstance(error, (EngineError, GrowthError, FieldError, NoReplyError))
             _log.warning("tree %s failed: %s", queued.id, error, exc_info=not known)
             state = await self._journal(Journal.fail, queued.id, f"{type(error).__name__}: {error}")
             if state is State.QUEUED:

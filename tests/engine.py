@@ -21,7 +21,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder, self.data_dir = folder, folder / "data"
         self.process: Process | None = None
-        self.address = self.health = ""
+        self.address = self.health = self.web = ""
 
     def start(self) -> None:
         """On the port it had before, if it had one."""
@@ -29,7 +29,7 @@ class Server:
         log = self.folder / "server.log"
         log.unlink(missing_ok=True)
         self.process = Process(server_command(self.data_dir, port=port), log)
-        self.address, self.health = wait_until_serving(self.process)
+        self.address, self.health, self.web = wait_until_serving(self.process)
 
     def stop(self) -> None:
         if self.process:

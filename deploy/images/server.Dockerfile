@@ -25,5 +25,5 @@ USER 10001:10001
 WORKDIR /data
 # The journal and the weight store (--data-dir /data).
 VOLUME ["/data"]
-EXPOSE 7300 7302
+EXPOSE 7300 7301 7302
 ENTRYPOINT ["ibtpo-server"]

@@ -44,7 +44,7 @@ def server(out: Path, name: str) -> Iterator[str]:
     """The address of a server that starts from the untrained model."""
     line = server_command(out / f"{name}-server")
     with running(line, out / f"{name}-server.log") as process:
-        yield wait_until_serving(process)[0]
+        yield wait_until_serving(process).grpc
 
 
 def follow(process: Process, metrics: Path) -> None:

@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 MODEL = Path(__file__).parent / "model"
 SAMPLING = ("--temperature=1", "--top-p=1", "--top-k=-1", "--max-new-tokens=96")
 START_TIMEOUT_S, STOP_TIMEOUT_S = 180.0, 30.0
-_READY = re.compile(r"serving on (\S+:\d+) \(health (\d+)\)")
+_READY = re.compile(r"serving on (\S+:\d+) \(health (\d+), web (\d+)\)")
 
 
 class Ended(RuntimeError):
@@ -101,6 +102,7 @@ def server_command(
         "--threads=1",
         f"--port={port}",
         "--health-port=0",
+        "--web-port=0",
         f"--data-dir={data_dir}",
         "--grader=exact",
         *SAMPLING,
@@ -110,13 +112,22 @@ def server_command(
     )
 
 
-def wait_until_serving(process: Process) -> tuple[str, str]:
-    """Addresses of gRPC and of health, once the server has generated its first token."""
+class Addresses(NamedTuple):
+    """Of a server's ports, as host:port."""
+
+    grpc: str
+    health: str
+    web: str
+
+
+def wait_until_serving(process: Process) -> Addresses:
+    """The server's addresses, once the server has generated its first token."""
     until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
         if found := _READY.findall(process.log.read_text(errors="replace")):
-            address, health = found[-1]
-            return address, f"{address.rpartition(':')[0]}:{health}"
+            address, health, web = found[-1]
+            host = address.rpartition(":")[0]
+            return Addresses(address, f"{host}:{health}", f"{host}:{web}")
         if not process.running():
             raise Ended(f"the server ended; its last words:\n{process.last_words()}")
         time.sleep(0.1)

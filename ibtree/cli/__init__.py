@@ -23,6 +23,8 @@ def main() -> None:
     for name, run, text in (
         ("queue", _queue, "trees by state: queued, growing, graded, leased, acked, dead"),
         ("weights", _weights, "the weight version that is served"),
+        ("cache", _cache, "how full the radix cache is, and of what"),
+        ("audit-cache", _audit, "compare cached prefixes of growing trees with computed ones"),
         ("eval", _evaluate, "accuracy on a JSONL file of prompts and answers"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -31,6 +33,8 @@ def main() -> None:
         command.set_defaults(run=run)
         if name == "eval":
             _add_evaluation(command)
+        if name == "audit-cache":
+            command.add_argument("--samples", type=int, default=32, help="prefixes, 1 to 1,024")
     arguments = parser.parse_args()
     try:
         figures = arguments.run(arguments)
@@ -60,6 +64,16 @@ def _weights(arguments: argparse.Namespace) -> dict[str, object]:
     with Client(arguments.server) as client:
         served = client.get_weights()
     return asdict(served) | {"digest": served.digest.hex()}
+
+
+def _cache(arguments: argparse.Namespace) -> dict[str, object]:
+    with Client(arguments.server) as client:
+        return asdict(client.cache_state())
+
+
+def _audit(arguments: argparse.Namespace) -> dict[str, object]:
+    with Client(arguments.server) as client:
+        return asdict(client.audit_cache(arguments.samples))
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, object]:

@@ -255,6 +255,8 @@ class Ledger(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     WALL_S_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
+    REFILLED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROTECTED_TOKENS_FIELD_NUMBER: _builtins.int
     generated_tokens: _builtins.int
     """Tokens the engine generated for this tree, dropped rollouts included. [tokens]"""
     unique_tokens: _builtins.int
@@ -267,6 +269,14 @@ class Ledger(_message.Message):
     """From admission to the last rollout's grade. [seconds]"""
     queue_s: _builtins.float
     """From acceptance of the prompt to admission. [seconds]"""
+    refilled_tokens: _builtins.int
+    """Prefix tokens computed again because they had been evicted from the radix cache while the
+    tree was open. [tokens]
+    """
+    protected_tokens: _builtins.int
+    """Tokens the radix cache held for the tree when it ended. [tokens] 0 after a weight update
+    that none of its rollouts outlived.
+    """
     def __init__(
         self,
         *,
@@ -276,10 +286,12 @@ class Ledger(_message.Message):
         cached_tokens: _builtins.int = ...,
         wall_s: _builtins.float = ...,
         queue_s: _builtins.float = ...,
+        refilled_tokens: _builtins.int = ...,
+        protected_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "generated_tokens", b"generated_tokens", "prefix_tokens", b"prefix_tokens", "queue_s", b"queue_s", "unique_tokens", b"unique_tokens", "wall_s", b"wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "generated_tokens", b"generated_tokens", "prefix_tokens", b"prefix_tokens", "protected_tokens", b"protected_tokens", "queue_s", b"queue_s", "refilled_tokens", b"refilled_tokens", "unique_tokens", b"unique_tokens", "wall_s", b"wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ import grpc
 from ibtree.errors import ConflictError, FieldError, PreconditionError, UnknownLeaseError
 from server_ext.engine import EngineError
 from server_ext.grow.grower import GrowthError, RolloutLostError
+from server_ext.tree_cache import NoReplyError
 
 _log = logging.getLogger(__name__)
 _MOST_DETAILS = 1600
@@ -21,6 +22,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     RolloutLostError: grpc.StatusCode.UNAVAILABLE,
     GrowthError: grpc.StatusCode.DEADLINE_EXCEEDED,
     EngineError: grpc.StatusCode.UNAVAILABLE,
+    NoReplyError: grpc.StatusCode.UNAVAILABLE,
 }
 
 

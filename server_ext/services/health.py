@@ -18,6 +18,7 @@ SERVICES = (
     "ibtree.v1.TreeSamplingService",
     "ibtree.v1.TreeQueueService",
     "ibtree.v1.WeightsService",
+    "ibtree.v1.CacheService",
 )
 _STALE_S = 60.0
 _WATCHES = 8

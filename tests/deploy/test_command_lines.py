@@ -139,7 +139,7 @@ def test_ports_agree(manifests, resolve):
     server = resolve(manifests, manifests.server)
     container = main_container(manifests.server)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports == {"grpc": server.port, "health": server.health_port}
+    assert ports == {"grpc": server.port, "health": server.health_port, "web": server.web_port}
     service = manifests.one("Service", "ibtpo-server")["spec"]
     assert service["clusterIP"] == "None"
     assert {p["name"]: p["port"] for p in service["ports"]} == ports

@@ -156,8 +156,8 @@ def test_only_clients_reach_grpc(manifests):
     for rule in policy["spec"]["ingress"]:
         for port in rule["ports"]:
             rules[ports.get(port["port"], port["port"])] = rule.get("from")
-    assert rules.keys() == {7300, 7302}
-    assert rules[7302] is None
+    assert rules.keys() == {7300, 7301, 7302}
+    assert rules[7302] is None and rules[7301] is None
     (peer,) = rules[7300]
     assert peer.keys() == {"podSelector"}
     assert peer["podSelector"]["matchLabels"]

@@ -9,14 +9,20 @@ import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import astuple, fields
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
+from ibtree.messages import CacheState
 from ibtree.options import SamplingOptions
 from ibtree.tree import Finish
-from server_ext.engine import Completion, DrainTimeout
+from server_ext.engine import Completion, DrainTimeout, Score
 from server_ext.gate import Gate, StillBusy
 from server_ext.grow.segment import Segmenter
+from server_ext.open_trees import OpenTrees
+from server_ext.tree_cache import TreeCache
 
 EOS = 256
 # tokens of several characters, and of a part of one
@@ -58,6 +64,30 @@ def toy_text(token_ids: Sequence[int], number: int) -> str:
     return "".join([*steps[done:], f"#### {rng.randrange(3)}"])
 
 
+class FakeRank:
+    """The far end of a TreeCache: one rank's open trees, without a cache."""
+
+    def __init__(self, capacity_tokens: int) -> None:
+        self.open = OpenTrees(capacity_tokens)
+        self.cache = TreeCache(self._take, ranks=1)
+
+    def _take(self, **message: Any) -> None:
+        self.open.expire(message["now_s"])
+        for name, deadline_s in message.get("opened", {}).items():
+            self.open.open(name, deadline_s)
+        accounts = [astuple(self.open.close(name)) for name in message.get("closed", [])]
+        if reply := message.get("reply"):
+            state = {f.name: 0 for f in fields(CacheState)}
+            state |= {
+                "open_trees": len(self.open),
+                "capacity_tokens": self.open.capacity_tokens,
+                "ranks_agree": True,
+            }
+            probes = [(0, 0)] * len(message.get("probes", []))
+            answer = SimpleNamespace(reply=reply, accounts=accounts, probes=probes, **state)
+            asyncio.get_running_loop().call_soon(self.cache.replied, answer)
+
+
 class FakeEngine:
     """Implements server_ext.engine.Engine; records what it loads.
 
@@ -74,6 +104,8 @@ class FakeEngine:
         self.half_way.set()
         self.faults: deque[Exception | None] = deque()
         self.version, self.weights = 0, dict[str, torch.Tensor]()
+        self.rank = FakeRank(capacity_tokens=1_000_000)
+        self.trees = self.rank.cache
         self.updates: list[int] = []
         self.running: dict[str, asyncio.Event] = {}
         self.requests: list[str] = []
@@ -106,6 +138,12 @@ class FakeEngine:
         finally:
             for one in waits:
                 one.cancel()
+
+    async def score(
+        self, prefix: Sequence[int], token: int, *, tree: str = "", cold: bool = False
+    ) -> Score:
+        async with self._gate.rollout():
+            return Score(-0.5, 0 if cold else len(prefix) // 2, self.version)
 
     def abort(self, rid: str) -> None:
         if rid in self.running:  # like SGLang's, which knows no requests that wait at the gate

@@ -13,6 +13,7 @@ import grpc
 from ibtree import AsyncClient, Prompt
 from ibtree.options import SamplingOptions, TreeOptions, changed
 from ibtree.v1 import (
+    cache_pb2_grpc,
     queue_pb2_grpc,
     sampling_pb2,
     sampling_pb2_grpc,
@@ -20,11 +21,13 @@ from ibtree.v1 import (
 )
 from ibtree.wire import tree_to_proto
 from ibtree.wire_calls import prompt_from_proto
+from server_ext.audit import Auditor
 from server_ext.forest import Forest
 from server_ext.journal import Journal
 from server_ext.producer import JournalThread, Producer
 from server_ext.rewards.base import Graders
 from server_ext.rewards.exact import ExactGrader
+from server_ext.services.cache import CacheService
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
@@ -60,6 +63,7 @@ class Site:
             default_grader="exact",
             max_trajectories=MAX_TRAJECTORIES,
             max_open_trees=limits.get("max_open_trees", 4),
+            cache_tokens=limits.get("cache_tokens", 1_000_000),
         )
         self.producer = Producer(
             self.journal,
@@ -76,6 +80,8 @@ class Site:
         queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, self.server)
         weights = WeightsService(self.updater)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, self.server)
+        cache = CacheService(self.engine.trees, Auditor(self.engine, self.forest))
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self.server)
         self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()
         self.producing = asyncio.create_task(self.producer.run())

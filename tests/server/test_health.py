@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ibtree.v1 import queue_pb2, sampling_pb2, weights_pb2
+from ibtree.v1 import cache_pb2, queue_pb2, sampling_pb2, weights_pb2
 from server_ext.services import health as health_module
 from server_ext.services.health import SERVICES, Health, serve_health
 
@@ -65,7 +65,7 @@ def test_not_serving_until_told(health, stub):
 def test_the_services_are_those_of_the_contract():
     names = {
         service.full_name
-        for module in (queue_pb2, sampling_pb2, weights_pb2)
+        for module in (cache_pb2, queue_pb2, sampling_pb2, weights_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
     }
     assert set(SERVICES) == {"", *names}

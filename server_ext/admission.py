@@ -1,0 +1,67 @@
+"""How many trees may be open: as many as the radix cache can hold the prefixes of."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+_MEMORY = 0.9
+"""Weight of what was known before, when one more tree has ended."""
+
+
+@dataclass(eq=False)
+class Reservation:
+    """What an open tree needs: its prompt, and a share of the most it could generate [tokens]."""
+
+    prompt_tokens: int
+    most_tokens: int
+
+
+class Admission:
+    """Trees wait in the order they came. One tree is always let in, however large.
+
+    The share of the most that trees really keep is learnt from those that end; until the first
+    did, all of it is reserved.
+    """
+
+    def __init__(self, capacity_tokens: int | None) -> None:
+        """None: no limit."""
+        self._capacity_tokens = capacity_tokens
+        self._share: float | None = None
+        self._open: set[Reservation] = set()
+        self._line = asyncio.Lock()
+        self._changed = asyncio.Event()
+
+    @asynccontextmanager
+    async def place(self, prompt_tokens: int, most_tokens: int) -> AsyncIterator[Reservation]:
+        """Waits until the tree fits; call `ended` inside with what it really kept."""
+        reservation = Reservation(prompt_tokens, most_tokens)
+        async with self._line:
+            while not self._fits(reservation):
+                self._changed.clear()
+                await self._changed.wait()
+            self._open.add(reservation)
+        try:
+            yield reservation
+        finally:
+            self._open.remove(reservation)
+            self._changed.set()
+
+    def ended(self, reservation: Reservation, unique_tokens: int) -> None:
+        """The tree kept this many tokens below its prompt, each counted once."""
+        share = unique_tokens / reservation.most_tokens
+        before = share if self._share is None else self._share
+        self._share = _MEMORY * before + (1 - _MEMORY) * share
+        self._changed.set()
+
+    def _fits(self, one_more: Reservation) -> bool:
+        if self._capacity_tokens is None or not self._open:
+            return True
+        needed = self._tokens(one_more) + sum(map(self._tokens, self._open))
+        return needed <= self._capacity_tokens
+
+    def _tokens(self, reservation: Reservation) -> float:
+        share = 1.0 if self._share is None else self._share
+        return reservation.prompt_tokens + share * reservation.most_tokens

@@ -1,0 +1,1 @@
+"""The server's web port: metrics for Prometheus."""
