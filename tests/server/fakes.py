@@ -122,7 +122,9 @@ class FakeEngine:
             self.requests.append(rid)
             try:
                 await self._held(aborted)
-                out = (*self.write(token_ids, int(rid.rsplit("/", 1)[1])).encode(), EOS)
+                number = rid.rsplit("/", 1)[1]
+                text = self.write(token_ids, int(number) if number != "prompt" else -1)
+                out = (*text.encode(), EOS)
             finally:
                 del self.running[rid]
         finish = Finish.STOP if len(out) <= max_new_tokens else Finish.LENGTH

@@ -264,3 +264,28 @@ async def test_many_trees_at_once(site):
         check_tree(site, tree)
     assert len(set(site.engine.requests)) == 20 * DEFAULTS.trajectories
     assert not any(math.isnan(tree.ledger.queue_s) for tree in trees)
+
+
+async def test_a_long_prompt_is_computed_once(site):
+    """Not by each of the first rollouts, which start together."""
+    long = prompt("x" * 80)
+    tree = await site.client.sample_tree(long)
+    first, *others = site.engine.requests
+    assert first.endswith("/prompt") and len(others) == DEFAULTS.trajectories
+    assert not any(rid.endswith("/prompt") for rid in others)
+    tree.validate()
+    rollouts = sum(len(tree.prefix(end)) * tree.ends[end] for end in tree.end_nodes())
+    assert tree.ledger.generated_tokens <= rollouts + 1
+    site.engine.requests.clear()
+    await site.client.sample_tree(prompt("x" * 10))
+    assert len(site.engine.requests) == DEFAULTS.trajectories
+
+
+async def test_a_deadline_while_the_prompt_is_computed(site):
+    site.engine.go_on.clear()
+    with pytest.raises(RpcFailed, match="DEADLINE_EXCEEDED: no rollout finished"):
+        await site.client.sample_tree(prompt("x" * 80, deadline_s=0.1))
+    assert not site.engine.running
+    assert [rid.rsplit("/", 1)[1] for rid in site.engine.requests] == ["prompt"]
+    site.engine.go_on.set()
+    await site.still_serves()
