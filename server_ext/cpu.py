@@ -64,9 +64,9 @@ class _TorchvisionFinder(importlib.abc.MetaPathFinder):
             sys.meta_path.remove(self)
             import torch
 
-            torch.library.define(
-                "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            if not hasattr(torch.ops.torchvision, "nms"):
+                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define("torchvision::nms", schema)
 
 
 def install() -> None:
