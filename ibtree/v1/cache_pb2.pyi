@@ -114,7 +114,7 @@ class AuditCacheResponse(_message.Message):
     """Cached tokens that other weights than the served ones computed: must be 0. [tokens]"""
     max_difference: _builtins.float
     """Largest absolute difference, warm against cold, of the following token's log-probability.
-    [nats] 0 when nothing was compared.
+    [nats] 0 when nothing was compared; infinite when one of the two was not a number.
     """
     def __init__(
         self,
