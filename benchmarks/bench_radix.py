@@ -38,8 +38,10 @@ class Arm:
         pool_tokens: int,
         model: Path = ARITH,
         arguments: Sequence[str] = (),
+        admission: bool = True,
     ) -> None:
         settings = {
+            "admission": admission and radix_cache == "ibtree",
             "model": str(model),
             "radix_cache": radix_cache,
             "arguments": [

@@ -60,7 +60,7 @@ class Arm:
             self.branches.append((completion.prefix_tokens - 1, completion.cached_tokens))
         return completion
 
-    async def start(self) -> None:
+    async def start(self, admission: bool) -> None:
         from ibtree.options import SamplingOptions
         from server_ext.forest import Forest
 
@@ -75,7 +75,7 @@ class Arm:
             default_grader="hash",
             max_trajectories=64,
             max_open_trees=256,
-            cache_tokens=(await self.engine.trees.state()).capacity_tokens or None,
+            cache_tokens=(await self.engine.trees.state()).capacity_tokens if admission else None,
         )
 
     async def grow(
@@ -294,7 +294,7 @@ async def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     arm = Arm(settings["model"], settings["radix_cache"], settings["arguments"])
     try:
-        await arm.start()
+        await arm.start(settings["admission"])
         print("READY", flush=True)
         while line := await asyncio.to_thread(sys.stdin.readline):
             command = json.loads(line)

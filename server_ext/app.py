@@ -84,7 +84,11 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         segmenter = tokenizer.segmenter(config.separator)
         stack.enter_context(_locked(config.data_dir))
 
-        engine = _engine(config, sglang_arguments)
+        try:
+            engine = _engine(config, sglang_arguments)
+        except FieldError:
+            del server  # the traceback would keep it until gRPC itself is gone, and crash the exit
+            raise
         stack.callback(engine.shutdown)
         store = WeightStore(config.data_dir / "weights", model_id)
         specs = checkpoint_specs(config.model)

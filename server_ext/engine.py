@@ -109,7 +109,6 @@ class SglangEngine:
             cpu.select()
         import sglang as sgl
         from sglang.srt.managers import io_struct
-        from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import prepare_server_args
         from sglang.utils import TypeBasedDispatcher
 
@@ -117,7 +116,6 @@ class SglangEngine:
 
         backend = BACKEND if radix_cache == "ibtree" else ""
 
-        load_plugins()
         defaults = cpu.SERVER_ARGUMENTS if device == "cpu" else []
         ours = [f"--model-path={model}", f"--dtype={dtype}", "--weight-version=0", "--page-size=1"]
         ours += [f"--radix-cache-backend={backend}"]

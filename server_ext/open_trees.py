@@ -187,6 +187,7 @@ class OpenTrees:
     def evicted(self, node: int) -> list[Path]:
         """The node is gone. Returns the paths that ended there: for each, say with `shortened`
         how much of it is left."""
+        self._note("gone", str(node))
         paths = self._ends.pop(node, [])
         for path in paths:
             del path.tree.nodes[node]

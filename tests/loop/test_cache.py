@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_a_tree_knows_what_it_held_and_reused(server: Server) -> None:
     assert ledger.protected_tokens == held(tree)
     assert ledger.refilled_tokens == 0
     # every branch found all of its prefix but the last token, which is always computed
-    assert ledger.cached_tokens >= ledger.prefix_tokens - 12 - 3 * len(tree.prompt)
+    assert ledger.cached_tokens >= ledger.prefix_tokens - 8 - 4 * len(tree.prompt)
     assert (state.open_trees, state.protected_tokens) == (0, 0)
     assert 0 < state.capacity_tokens < state.pool_tokens and state.ranks_agree
     for name, value in (
@@ -64,25 +65,32 @@ def test_a_tree_knows_what_it_held_and_reused(server: Server) -> None:
 def test_audit_while_trees_grow_and_weights_change(server: Server) -> None:
     """Warm equals cold, before and after an update that nobody flushed the cache for."""
 
+    async def audit() -> dict[str, float]:
+        until = time.monotonic() + 30
+        while True:  # at a time at which a tree has a first rollout
+            found = await asyncio.to_thread(ibtpo, server, "audit-cache", "--samples=8")
+            if found["samples"] or time.monotonic() > until:
+                return found
+
     async def grow() -> list[dict[str, float]]:
+        audits: list[dict[str, float]] = []
         async with AsyncClient(server.address) as client:
-            growing = [asyncio.create_task(client.sample_tree(prompt(i))) for i in range(24)]
-            audits = []
+
+            async def one_after_another(i: int) -> None:
+                while len(audits) < 2:
+                    (await client.sample_tree(prompt(i))).validate()
+
+            growing = [asyncio.create_task(one_after_another(i)) for i in range(12)]
             for noise in (0.0, 0.05):
-                while (await client.cache_state()).open_trees < 8:
-                    assert not all(tree.done() for tree in growing)
-                    await asyncio.sleep(0.05)
                 if noise:
                     await asyncio.to_thread(server.push, model_weights(noise))
-                await asyncio.sleep(0.3)
-                audits.append(await asyncio.to_thread(ibtpo, server, "audit-cache", "--samples=8"))
-            for one in growing:
-                (await one).validate()
-            return audits
+                audits.append(await audit())
+            await asyncio.gather(*growing)
+        return audits
 
     try:
         for audit in asyncio.run(grow()):
-            assert audit["samples"] > 0 and audit["stale_tokens"] == 0
+            assert audit["samples"] > 0 and audit["stale_tokens"] == 0, audit
             assert audit["cached_tokens"] > 0
             assert audit["max_difference"] < 1e-4
         state = ibtpo(server, "cache")

@@ -22,7 +22,7 @@ STOCK = Path(__file__).parent / "stock"
 START_S = 180.0
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def alone(server) -> Iterator[None]:
     """The session's engine makes room: one engine at a time."""
     server.stop()
@@ -112,7 +112,7 @@ def test_a_plugin_that_did_not_load_fails_the_start(alone, tmp_path):
 def test_two_ranks_decide_the_same(alone, monkeypatch):
     """Over evictions, releases, expiries and updates."""
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
-    with Arm("ibtree", 3000, arguments=["--tp-size=2"]) as arm:
+    with Arm("ibtree", 1500, arguments=["--tp-size=2"], admission=False) as arm:
         result = arm("chaos", messages=300, grown=40, seed=0)
         assert result["protected_tokens"] == result["open_trees"] == 0
         updated = arm("updates", count=3, trees=8, seed=0)
