@@ -86,6 +86,29 @@ def ib_scores(tree: Tree) -> Floats:
     return scores
 
 
+def rest_tokens(tree: Tree) -> Floats:
+    """r(n): mean number of tokens from the end of n to the ends of the rollouts through it, [N]."""
+    length = np.asarray([len(step.token_ids) for step in tree.steps], float)
+    below = np.zeros(len(tree))  # over the rollouts through n: tokens from its end on
+    for node in reversed(list(tree.topological())):
+        if node:
+            below[tree.parents[node]] += below[node] + tree.visits[node] * length[node]
+    return below / np.maximum(tree.visits, 1)
+
+
+def budget_scores(tree: Tree) -> Floats:
+    """exp(J_IB(n)) / (r(n) + r0), [N] up to one positive factor: the IB-Score per token that a
+    rollout from n costs, r0 being the mean step length; NaN for a node without children. Ours:
+    the paper ranks by J_IB alone.
+    """
+    scores = ib_scores(tree)
+    steps = max(len(tree) - 1, 1)
+    cost = rest_tokens(tree) + tree.unique_tokens / steps
+    top = np.nanmax(scores) if np.isfinite(scores).any() else 0.0
+    per_token: Floats = np.exp(scores - top) / np.maximum(cost, 1e-9)
+    return per_token
+
+
 def balance(tree: Tree) -> float:
     """Mean over nodes with >= 2 children of Cov(info_gain, confidence) over the children, weighted
     by draws: the paper's diagnosis of exploration against exploitation. NaN without such a node.

@@ -52,7 +52,9 @@ class LearnerConfig(Settings):
     and counted. null: no bound."""
 
     strategy: str = "ib"
-    """Branching strategy: ib, or independent (with local-weight 0: GRPO)."""
+    """Branching strategy by name (docs/design.md); independent with local-weight 0 is GRPO."""
+    schedule: str = "rounds"
+    """Schedule of a tree's rollouts: rounds (the paper's) or eager."""
     init_rollouts: int = Field(default=4, ge=1)
     """B0."""
     rounds: int = Field(default=9, ge=1)

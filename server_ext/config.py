@@ -74,9 +74,10 @@ class ServerConfig(Settings):
     """How long calls in flight may go on after SIGTERM."""
 
     strategy: str = "ib"
-    """Default branching strategy."""
+    """Default branching strategy: ib, ib_budget, independent, random, fixed_width, entropy, or
+    one that is installed."""
     schedule: str = "rounds"
-    """Default schedule of a tree's rollouts."""
+    """Default schedule of a tree's rollouts: rounds or eager."""
     init_rollouts: int = 4
     """B0: default rollouts from the prompt."""
     rounds: int = 9

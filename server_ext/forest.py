@@ -14,9 +14,9 @@ from ibtree.options import TreeOptions, check_choice
 from ibtree.tree import Finish, Step, Tree
 from server_ext.admission import Admission
 from server_ext.engine import Completion, Engine
-from server_ext.grow.grower import Grower, Rollout
+from server_ext.grow.grower import SCHEDULES, Grower, Rollout
 from server_ext.grow.segment import Segmenter
-from server_ext.grow.strategies import SCHEDULES, strategy_named
+from server_ext.grow.strategies import strategy_named
 from server_ext.rewards.base import Graders, Submission
 from server_ext.text import Tokenizer
 

@@ -144,9 +144,13 @@ class TreeOptions(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     MAX_GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     strategy: _builtins.str
-    """Name of a branching strategy: "ib" or "independent"."""
+    """Name of a branching strategy: "ib", "ib_budget", "independent", "random", "fixed_width",
+    "entropy", or one that is installed on the server.
+    """
     schedule: _builtins.str
-    """Name of a schedule: "rounds"."""
+    """Name of a schedule: "rounds" (a round ends before the next begins) or "eager" (init_rollouts
+    stay in flight, each that ends starts the next).
+    """
     init_rollouts: _builtins.int
     """B0: rollouts from the prompt, >= 1."""
     rounds: _builtins.int

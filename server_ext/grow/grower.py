@@ -1,7 +1,9 @@
-"""The grower: B0 rollouts from the prompt, then rounds of branches where the strategy says.
+"""The grower: B0 rollouts from the prompt, then branches where the strategy says.
 
-arXiv 2605.28109, algorithm 1 (IBTree), schedule `rounds`: a whole round ends before the next
-nodes are chosen.
+arXiv 2605.28109, algorithm 1 (IBTree). Schedules:
+
+rounds  a whole round ends before the next nodes are chosen (the paper)
+eager   as many rollouts as began stay in flight; each that ends starts the next one (ours)
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from ibtree.tree import Finish, Step, StopCause, Tree
 from server_ext.grow.strategies import Strategy
 
 _ABORT_GRACE_S = 10.0
+SCHEDULES = ("rounds", "eager")
 
 
 class GrowthError(RuntimeError):
@@ -61,7 +64,11 @@ class Grower:
         self, tree: Tree, strategy: Strategy, sampler: Sampler, emit: Callable[[Expansion], None]
     ) -> None:
         self._tree, self._strategy, self._sampler, self._emit = tree, strategy, sampler, emit
+        self._first = strategy.first(tree.options)
         self._started = 0
+        self._in_flight: dict[asyncio.Task[None], int] = {}
+        """Where each began."""
+        self._first_rewards: list[float] = []
         self._aborting = False
         self._grades: dict[tuple[int, ...], asyncio.Task[float]] = {}
 
@@ -69,59 +76,87 @@ class Grower:
         """Returns the tree with its stop cause and ledger. Raises GrowthError if no rollout
         finished, RolloutLostError or what the sampler raises if one was lost; cancelling it
         cancels the rollouts in flight."""
-        tree, options = self._tree, self._tree.options
+        tree, deadline_s = self._tree, self._tree.options.deadline_s
         began = time.monotonic()
-        until = None if options.deadline_s is None else began + options.deadline_s
-        starts = [0] * self._strategy.first(options)
-        round_number = 1
-        while tree.stop_cause is StopCause.GROWING:
-            await self._round(round_number, starts, until)
-            if round_number == 1 and tree.trajectories:
-                tree.first_round_reward = tree.reward_sums[0] / tree.trajectories
-            round_number += 1
-            left = options.trajectories - self._started
-            nodes = self._strategy.branch(tree, options.branch_nodes) if left else []
-            starts = [node for node in nodes for _ in range(options.branch_rollouts)][:left]
-            tree.stop_cause = self._stop(until, left, starts)
+        until = None if deadline_s is None else began + deadline_s
+        try:
+            while (cause := self._cause(until)) is StopCause.GROWING or self._in_flight:
+                if cause is StopCause.GROWING:
+                    for start in self._starts():
+                        self._launch(start)
+                if not self._in_flight:
+                    cause = StopCause.NO_CANDIDATE
+                    break
+                await self._wait(until)
+        finally:
+            everything: list[asyncio.Task[Any]] = [*self._in_flight, *self._grades.values()]
+            for task in everything:
+                task.cancel()
+            await asyncio.gather(*everything, return_exceptions=True)
+        tree.stop_cause = cause
         tree.ledger.wall_s = time.monotonic() - began
         if not tree.trajectories:
-            raise GrowthError(f"no rollout finished ({tree.stop_cause.name.lower()})")
+            raise GrowthError(f"no rollout finished ({cause.name.lower()})")
+        if self._first_rewards:
+            tree.first_round_reward = sum(self._first_rewards) / len(self._first_rewards)
         return tree
 
-    def _stop(self, until: float | None, left: int, starts: list[int]) -> StopCause:
-        limit = self._tree.options.max_generated_tokens
+    def _cause(self, until: float | None) -> StopCause:
+        """Why no more rollouts start; GROWING: they do."""
+        options = self._tree.options
+        limit = options.max_generated_tokens
         if until is not None and time.monotonic() >= until:
             return StopCause.DEADLINE
-        if not left:
+        if self._started >= options.trajectories:
             return StopCause.COMPLETE
         if limit is not None and self._tree.ledger.generated_tokens >= limit:
             return StopCause.TOKEN_BUDGET
-        return StopCause.GROWING if starts else StopCause.NO_CANDIDATE
+        return StopCause.GROWING
 
-    async def _round(self, number: int, starts: list[int], until: float | None) -> None:
-        async def one(start: int, index: int) -> None:
-            rollout = await self._sampler.roll(self._tree, start, index)
+    def _starts(self) -> list[int]:
+        """Nodes from whose ends rollouts start now."""
+        tree, options = self._tree, self._tree.options
+        left = options.trajectories - self._started
+        if not self._started:
+            return [0] * self._first
+        if options.schedule == "rounds":
+            if self._in_flight:
+                return []
+            nodes = self._strategy.branch(tree, options.branch_nodes, frozenset())
+            return [node for node in nodes for _ in range(options.branch_rollouts)][:left]
+        starts: list[int] = []
+        for _ in range(min(self._first - len(self._in_flight), left)):
+            busy = {tree.alive(node) for node in (*self._in_flight.values(), *starts)}
+            starts += self._strategy.branch(tree, 1, frozenset(busy))
+        return starts
+
+    def _launch(self, start: int) -> None:
+        async def roll(number: int) -> None:
+            rollout = await self._sampler.roll(self._tree, start, number)
             await self._insert(number, start, rollout)
 
-        first = self._started
-        self._started += len(starts)
-        tasks = [asyncio.create_task(one(s, first + i)) for i, s in enumerate(starts)]
-        try:
-            timeout_s = None if until is None else max(until - time.monotonic(), 0.0)
-            done, late = await asyncio.wait(
-                tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
-            )
-            for task in done:
-                task.result()  # a lost rollout fails the tree
-            if late:
-                self._aborting = True
-                self._sampler.abort(self._tree)
-                await asyncio.wait(late, timeout=_ABORT_GRACE_S)
-        finally:
-            everything: list[asyncio.Task[Any]] = [*tasks, *self._grades.values()]
-            for one_task in everything:
-                one_task.cancel()
-            await asyncio.gather(*everything, return_exceptions=True)
+        self._in_flight[asyncio.create_task(roll(self._started))] = start
+        self._started += 1
+
+    async def _wait(self, until: float | None) -> None:
+        """Until a rollout ended, or the deadline: then all are aborted."""
+        timeout_s = None if until is None else max(until - time.monotonic(), 0.0)
+        done, _ = await asyncio.wait(
+            self._in_flight, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
+            self._aborting = True
+            self._sampler.abort(self._tree)
+            done, late = await asyncio.wait(self._in_flight, timeout=_ABORT_GRACE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+            self._in_flight.clear()
+            return
+        for task in done:
+            del self._in_flight[task]
+        for task in done:
+            task.result()  # a lost rollout fails the tree
 
     async def _insert(self, number: int, start: int, rollout: Rollout) -> None:
         tree, ledger = self._tree, self._tree.ledger
@@ -133,11 +168,14 @@ class Grower:
                 raise RolloutLostError(f"the engine gave up a rollout of tree {tree.tree_id!r}")
             return
         below = tuple(t for step in rollout.steps for t in step.token_ids)
-        reward = await self._reward(tree.prefix(start) + below)
-        end = tree.insert(tree.alive(start), rollout.steps, reward, rollout.finish)
+        reward = await self._reward(tree.prefix(tree.alive(start)) + below)
+        start = tree.alive(start)
+        end = tree.insert(start, rollout.steps, reward, rollout.finish)
+        if number < self._first:
+            self._first_rewards.append(reward)
         self._emit(
             Expansion(
-                round=number,
+                round=self._round(number),
                 start_node=start,
                 end_node=end,
                 generated_tokens=rollout.generated_tokens,
@@ -147,6 +185,12 @@ class Grower:
                 target_trajectories=tree.options.trajectories,
             )
         )
+
+    def _round(self, number: int) -> int:
+        """From 1: the round in which the paper's schedule would start this rollout."""
+        options = self._tree.options
+        a_round = options.branch_nodes * options.branch_rollouts
+        return 1 if number < self._first else 2 + (number - self._first) // a_round
 
     async def _reward(self, token_ids: tuple[int, ...]) -> float:
         """Grades each distinct trajectory once, however many rollouts end with it."""

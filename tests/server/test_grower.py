@@ -11,6 +11,8 @@ import pytest
 from ibtree.options import SamplingOptions
 from ibtree.score import values
 from ibtree.tree import Finish, Step, StopCause
+from server_ext.grow.grower import SCHEDULES
+from server_ext.grow.strategies import BUILT_IN
 from tests.reference.slow_tree import SlowStep, SlowTree
 from tests.server.process import CLOSE, Growth, Process, shape
 from tests.unit.growing import path_of
@@ -18,11 +20,12 @@ from tests.unit.growing import path_of
 SHAPES = [(4, 9, 1, 1), (1, 1, 1, 1), (5, 1, 3, 3), (2, 3, 2, 2), (3, 4, 3, 1), (1, 5, 1, 3)]
 
 
-@pytest.mark.parametrize("strategy", ["ib", "independent"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("strategy", BUILT_IN)
 @pytest.mark.parametrize("numbers", SHAPES)
-async def test_the_full_shape(numbers, strategy):
+async def test_the_full_shape(numbers, strategy, schedule):
     b0, rounds, k, b = numbers
-    growth = Growth(Process(), shape(*numbers, strategy=strategy))
+    growth = Growth(Process(), shape(*numbers, strategy=strategy, schedule=schedule))
     tree = await growth.grow()
     total = b0 + (rounds - 1) * k * b
     assert tree.stop_cause is StopCause.COMPLETE
@@ -30,6 +33,10 @@ async def test_the_full_shape(numbers, strategy):
     assert sorted(number for number, _ in growth.process.started) == list(range(total))
     assert [e.trajectories for e in growth.expansions] == list(range(1, total + 1))
     assert {e.target_trajectories for e in growth.expansions} == {total}
+    first = total if strategy == "independent" else b0
+    sizes = Counter(e.round for e in growth.expansions)
+    assert sizes == {1: first} | {r: k * b for r in range(2, rounds + 1) if first < total}
+    tree.validate()
 
 
 async def test_the_expansions_tell_the_tree():
@@ -209,7 +216,8 @@ async def test_any_shape_and_token_limit(seed):
     rng = random.Random(seed)
     numbers, limit = rng.choices(range(1, 5), k=4), rng.randrange(2, 14)
     sampling = SamplingOptions(max_new_tokens=limit)
-    options = shape(*numbers, strategy=rng.choice(["ib", "independent"]), sampling=sampling)
+    strategy, schedule = rng.choice(list(BUILT_IN)), rng.choice(SCHEDULES)
+    options = shape(*numbers, strategy=strategy, schedule=schedule, sampling=sampling)
     tree = await Growth(Process(seed), options).grow()
     assert tree.trajectories == options.trajectories
     for n in tree.end_nodes():

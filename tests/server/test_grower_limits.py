@@ -20,8 +20,8 @@ STEP_TOKENS = 2  # of what a hanging rollout generated before it was aborted
 class Weary(IbScore):
     """Finds no node from a certain size on."""
 
-    def branch(self, tree, count):
-        return super().branch(tree, count) if tree.trajectories < 6 else []
+    def branch(self, tree, count, busy):
+        return super().branch(tree, count, busy) if tree.trajectories < 6 else []
 
 
 async def test_no_candidate_ends_the_tree():
