@@ -65,7 +65,7 @@ BAD_PROMPTS: dict[str, tuple[Callable[[sampling_pb2.Prompt], Any], tuple[str, ..
     "no answer": (lambda p: p.ClearField("answer"), ("answer", "'exact'")),
     "blank answer": (lambda p: setattr(p, "answer", " \n"), ("answer",)),
     "grader": (field(grader="nope"), ("grader", "'nope'", "exact")),
-    "strategy": (options(strategy="nope"), ("strategy", "'nope'", "ib | independent")),
+    "strategy": (options(strategy="nope"), ("strategy", "'nope'", "ib | ib_budget | independent")),
     "empty strategy": (options(strategy=""), ("strategy",)),
     "schedule": (options(schedule="nope"), ("schedule", "'nope'", "rounds")),
     "estimator": (options(value_estimator="nope"), ("value_estimator", "mean | backup")),
