@@ -124,6 +124,11 @@ class SglangEngine:
             server_args = prepare_server_args([*ours, *quiet, *defaults, *arguments])
         except SystemExit as error:
             raise FieldError("--", "SGLang rejected its arguments", "sglang's options") from error
+        if (server_args.radix_cache_backend or "") != backend:
+            problem = f"SGLang's --radix-cache-backend={server_args.radix_cache_backend}"
+            raise FieldError("radix_cache", problem, "ibtree | default, with this option")
+        if backend and server_args.disable_radix_cache:
+            raise FieldError("radix_cache", "ibtree, with --disable-radix-cache", "default")
         if server_args.dp_size > 1:
             # the controller of the ranks loads no plugins: it can not decode our messages, but
             # it can pass on pickles

@@ -82,6 +82,11 @@ def test_sglang_arguments_that_sglang_refuses(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("argument", ["--disable-radix-cache", "--radix-cache-backend=flexkv"])
+def test_a_radix_cache_chosen_behind_our_back(tmp_path: Path, argument: str) -> None:
+    assert "--radix-cache: " in run([*server_command(tmp_path / "data"), argument])
+
+
 def test_learner_pointed_at_a_server_with_another_model(server: Server, tmp_path: Path) -> None:
     write_prompts(tmp_path)
     other = tmp_path / "other"
