@@ -200,3 +200,18 @@ def test_bad_input_names_the_field_and_the_server_goes_on(
 
 def _kw(good: dict[str, str]) -> dict[str, str]:
     return {"content": good["text"], "answer": good["answer"]}
+
+
+@pytest.mark.parametrize("schedule", ["rounds", "eager"])
+@pytest.mark.parametrize("strategy", ["ib_budget", "random", "fixed_width", "entropy"])
+def test_every_strategy_grows_exact_trees(server: Server, strategy: str, schedule: str) -> None:
+    """Also where steps are split at tokens: each token's log-probability is the trainer's."""
+    server.push_original()
+    with Client(server.address) as client:
+        tree = client.sample_tree(prompt(5, strategy=strategy, schedule=schedule))
+    tree.validate()
+    assert tree.trajectories == 12 and tree.stop_cause is StopCause.COMPLETE
+    assert tree.ledger.refilled_tokens == 0
+    model = load_policy(MODEL, torch.device("cpu"), "float32").eval()
+    pairs = zip(engine_logprobs(tree), trainer_logprobs(tree, model, 1.0), strict=True)
+    assert max(abs(a - b) for a, b in pairs) < 1e-3
