@@ -246,8 +246,11 @@ class Arm:
                     await asyncio.wait({growth}, timeout=rng.random())
                     growth.cancel()
                 await asyncio.wait({growth})
-                cancelled += growth.cancelled()
-                kept += not growth.cancelled()
+                if growth.cancelled():
+                    cancelled += 1
+                else:
+                    growth.result()  # a tree that failed is no tree that was kept
+                    kept += 1
 
         async def by_messages() -> None:
             names = [f"ghost/{i}" for i in range(messages)]

@@ -37,6 +37,7 @@ from server_ext.config import ServerConfig
 from server_ext.engine import SglangEngine
 from server_ext.forest import Forest, check_job_names
 from server_ext.journal import Journal
+from server_ext.open_trees import FRACTION_VARIABLE
 from server_ext.producer import JournalThread, Producer
 from server_ext.rewards.base import Graders
 from server_ext.rewards.exact import ExactGrader
@@ -167,7 +168,7 @@ def _graders(config: ServerConfig, stack: AsyncExitStack) -> Graders:
 
 def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngine:
     # both are read by the engine's processes
-    os.environ["IBTREE_CACHE_FRACTION"] = str(config.tree_cache_fraction)
+    os.environ[FRACTION_VARIABLE] = str(config.tree_cache_fraction)
     if config.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
     return SglangEngine(

@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ibtpo_settings import Settings
+from server_ext.open_trees import DEFAULT_FRACTION
 
 
 class ServerConfig(Settings):
@@ -55,7 +56,7 @@ class ServerConfig(Settings):
     radix_cache: Literal["ibtree", "default"] = "ibtree"
     """SGLang's radix cache: ours, or its own, which does not know trees and is emptied at every
     weight update (for comparisons)."""
-    tree_cache_fraction: float = Field(default=0.75, gt=0, le=1)
+    tree_cache_fraction: float = Field(default=DEFAULT_FRACTION, gt=0, le=1)
     """Share of the KV pool in which open trees' prefixes are kept; beyond it trees wait, or the
     oldest loses its protection."""
     audit_every_s: float = Field(default=0.0, ge=0)

@@ -13,6 +13,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+FRACTION_VARIABLE = "IBTREE_CACHE_FRACTION"
+"""Environment variable by which the engine's processes learn the share of the KV pool in which
+open trees are protected."""
+DEFAULT_FRACTION = 0.75
+
 
 @dataclass(frozen=True)
 class TreeAccount:

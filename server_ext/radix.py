@@ -23,10 +23,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_serving
 
-from server_ext.open_trees import Key, OpenTrees
-
-FRACTION_VARIABLE = "IBTREE_CACHE_FRACTION"
-DEFAULT_FRACTION = 0.75
+from server_ext.open_trees import DEFAULT_FRACTION, FRACTION_VARIABLE, Key, OpenTrees
 
 
 class Weights(NamedTuple):

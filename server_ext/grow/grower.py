@@ -89,10 +89,7 @@ class Grower:
                     break
                 await self._wait(until)
         finally:
-            everything: list[asyncio.Task[Any]] = [*self._in_flight, *self._grades.values()]
-            for task in everything:
-                task.cancel()
-            await asyncio.gather(*everything, return_exceptions=True)
+            await _end([*self._in_flight, *self._grades.values()])
         tree.stop_cause = cause
         tree.ledger.wall_s = time.monotonic() - began
         if not tree.trajectories:
@@ -147,10 +144,8 @@ class Grower:
         if not done:
             self._aborting = True
             self._sampler.abort(self._tree)
-            done, late = await asyncio.wait(self._in_flight, timeout=_ABORT_GRACE_S)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            await asyncio.wait(self._in_flight, timeout=_ABORT_GRACE_S)
+            await _end([*self._in_flight])
             self._in_flight.clear()
             return
         for task in done:
@@ -198,3 +193,10 @@ class Grower:
             grade = self._sampler.grade(self._tree, token_ids)
             self._grades[token_ids] = asyncio.ensure_future(grade)
         return await asyncio.shield(self._grades[token_ids])
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancels what still runs, and waits for it."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -25,7 +25,8 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from server_ext import radix
-from server_ext.radix import FRACTION_VARIABLE, IbTreeCache
+from server_ext.open_trees import FRACTION_VARIABLE
+from server_ext.radix import IbTreeCache
 
 __all__ = ["FRACTION_VARIABLE", "MAX_TOKENS", "Prefix", "Request", "Scheduler"]
 
