@@ -10,11 +10,26 @@ from ibtree.tree import Finish, Tree
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A question: text, or token ids. Empty `id`, `grader` and absent `options` take the server's
-    defaults; an empty `answer` is none."""
+class ChatMessage:
+    """One turn of a conversation, for the model's chat template."""
 
-    content: str | Sequence[int]
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as a prompt."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question: text, token ids or a conversation. Empty `id`, `grader` and absent `options` take
+    the server's defaults; an empty `answer` is none."""
+
+    content: str | Sequence[int] | Chat
     id: str = ""
     answer: str = ""
     grader: str = ""
@@ -33,6 +48,7 @@ class Expansion:
     finish: Finish
     trajectories: int
     target_trajectories: int
+    text: str = ""
 
 
 @dataclass(frozen=True)

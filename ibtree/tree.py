@@ -38,6 +38,7 @@ class StopCause(IntEnum):
     NO_CANDIDATE = 2
     DEADLINE = 3
     TOKEN_BUDGET = 4
+    MAX_TRAJECTORIES = 5
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Tree:
     reward_sums: list[float] = field(default_factory=lambda: [0.0])
     finishes: list[Finish] = field(default_factory=lambda: [Finish.NONE])
     born: list[int] = field(default_factory=lambda: [0])
+    texts: list[str] = field(default_factory=list)
+    """Of a tree that came over the wire with them: the text of each node."""
     _children: list[dict[tuple[int, ...], int]] = field(default_factory=lambda: [{}])
 
     def __len__(self) -> int:

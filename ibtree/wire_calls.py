@@ -9,6 +9,8 @@ from pathlib import Path
 from ibtree.messages import (
     CacheAudit,
     CacheState,
+    Chat,
+    ChatMessage,
     Expansion,
     Prompt,
     PushOutcome,
@@ -29,6 +31,9 @@ def prompt_to_proto(prompt: Prompt) -> sampling_pb2.Prompt:
     message = sampling_pb2.Prompt(id=prompt.id, answer=prompt.answer, grader=prompt.grader)
     if isinstance(prompt.content, str):
         message.text = prompt.content
+    elif isinstance(prompt.content, Chat):
+        turns = [sampling_pb2.ChatMessage(**asdict(turn)) for turn in prompt.content.messages]
+        message.chat.CopyFrom(sampling_pb2.Chat(messages=turns))
     else:
         message.token_ids.ids.extend(prompt.content)
     if prompt.options is not None:
@@ -38,14 +43,22 @@ def prompt_to_proto(prompt: Prompt) -> sampling_pb2.Prompt:
 
 def prompt_from_proto(message: sampling_pb2.Prompt, defaults: TreeOptions) -> Prompt:
     """Options left out take `defaults`. Raises FieldError for options that are not allowed."""
-    is_text = message.WhichOneof("content") == "text"
     return Prompt(
-        content=message.text if is_text else tuple(message.token_ids.ids),
+        content=_content(message),
         id=message.id,
         answer=message.answer,
         grader=message.grader,
         options=options_from_proto(message.options, defaults),
     )
+
+
+def _content(message: sampling_pb2.Prompt) -> str | tuple[int, ...] | Chat:
+    kind = message.WhichOneof("content")
+    if kind == "text":
+        return message.text
+    if kind == "chat":
+        return Chat(tuple(ChatMessage(turn.role, turn.content) for turn in message.chat.messages))
+    return tuple(message.token_ids.ids)
 
 
 def submit_request(prompts: Iterable[Prompt]) -> sampling_pb2.SubmitPromptsRequest:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ibtree.errors import FieldError
-from ibtree.messages import Expansion, Prompt
+from ibtree.messages import Chat, Expansion, Prompt
 from ibtree.options import TreeOptions, check_choice
 from ibtree.tree import Finish, Step, Tree
 from server_ext.admission import Admission
@@ -87,6 +87,7 @@ class Forest:
             problem = f"the shape asks for {options.trajectories} trajectories"
             allowed = f"at most {self._max_trajectories} (the server's --max-trajectories)"
             raise FieldError("options.rounds", problem, allowed)
+        self._check_vocabulary("sampling.stop_token_ids", options.sampling.stop_token_ids)
         token_ids = self._token_ids(prompt)
         # the engine keeps a place for one more token than it is asked to generate
         longest = self._engine.context_tokens - options.sampling.max_new_tokens - 1
@@ -103,15 +104,20 @@ class Forest:
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt.content, str):
             token_ids = self._tokenizer.encode(prompt.content)
+        elif isinstance(prompt.content, Chat):
+            _check_chat(prompt.content)
+            token_ids = self._tokenizer.encode_chat(prompt.content)
         else:
             token_ids = tuple(prompt.content)
-            for token in token_ids:
-                if not 0 <= token < len(self._tokenizer):
-                    allowed = f"0 to {len(self._tokenizer) - 1}"
-                    raise FieldError("prompt.token_ids", f"no token {token}", allowed)
+            self._check_vocabulary("prompt.token_ids", token_ids)
         if not token_ids:
-            raise FieldError("prompt", "empty", "at least one token of text or token_ids")
+            raise FieldError("prompt", "empty", "text, token_ids or chat of at least one token")
         return token_ids
+
+    def _check_vocabulary(self, field: str, token_ids: Sequence[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < len(self._tokenizer):
+                raise FieldError(field, f"no token {token}", f"0 to {len(self._tokenizer) - 1}")
 
     async def grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
         """Grows the job's tree; hold one of `places`. `submitted_at` is Unix seconds."""
@@ -158,6 +164,15 @@ class Forest:
             for node in range(len(tree))
             for child in tree.children(node)[:1]
         ]
+
+
+def _check_chat(chat: Chat) -> None:
+    if not chat.messages:
+        raise FieldError("prompt.chat.messages", "empty", "at least one")
+    for at, turn in enumerate(chat.messages):
+        if not turn.role:
+            where = f"prompt.chat.messages[{at}].role"
+            raise FieldError(where, "empty", "a role of the model's chat template")
 
 
 def check_job_names(options: TreeOptions, graders: Graders, grader: str) -> None:

@@ -104,8 +104,10 @@ class Grower:
         limit = options.max_generated_tokens
         if until is not None and time.monotonic() >= until:
             return StopCause.DEADLINE
-        if self._started >= options.trajectories:
+        if self._started >= options.shape_trajectories:
             return StopCause.COMPLETE
+        if self._started >= options.trajectories:
+            return StopCause.MAX_TRAJECTORIES
         if limit is not None and self._tree.ledger.generated_tokens >= limit:
             return StopCause.TOKEN_BUDGET
         return StopCause.GROWING
@@ -115,7 +117,7 @@ class Grower:
         tree, options = self._tree, self._tree.options
         left = options.trajectories - self._started
         if not self._started:
-            return [0] * self._first
+            return [0] * min(self._first, left)
         if options.schedule == "rounds":
             if self._in_flight:
                 return []
