@@ -16,6 +16,7 @@ from server_ext.admission import Admission
 from server_ext.engine import Completion, Engine
 from server_ext.grow.grower import SCHEDULES, Grower, Rollout
 from server_ext.grow.segment import Segmenter
+from server_ext.grow.stops import stop_length
 from server_ext.grow.strategies import strategy_named
 from server_ext.rewards.base import Graders, Submission
 from server_ext.text import Tokenizer
@@ -209,8 +210,18 @@ class _TreeSampler:
         prefix = tree.prefix(start)
         left = tree.options.sampling.max_new_tokens - len(prefix)
         completion = await self._generate(tree, str(number), prefix, left)
-        steps = self._steps(completion)
-        return Rollout(steps, completion.finish, completion.prefix_tokens, completion.cached_tokens)
+        finish, generated = completion.finish, len(completion.token_ids)
+        stops = tree.options.sampling.stop
+        stopped = stop_length(self._tokenizer.decode, prefix, completion.token_ids, stops)
+        if stopped and finish is not Finish.NONE:
+            finish, completion = Finish.STOP, completion.head(stopped)
+        return Rollout(
+            self._steps(completion),
+            finish,
+            completion.prefix_tokens,
+            completion.cached_tokens,
+            generated - len(completion.token_ids),
+        )
 
     async def _warmed(self, tree: Tree) -> None:
         """Computes the prompt once: requests that start together would each compute it."""
