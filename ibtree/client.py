@@ -131,9 +131,7 @@ class Client:
         self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> Tree:
         """Grows one tree and returns it; with its `texts` if `include_text`."""
-        for event in self.sample_events(
-            prompt, include_text=include_text, timeout_s=timeout_s
-        ):
+        for event in self.sample_events(prompt, include_text=include_text, timeout_s=timeout_s):
             if isinstance(event, Tree):
                 return event
         raise RpcFailed("SampleTree", self.target, grpc.StatusCode.INTERNAL, "ended without a tree")
