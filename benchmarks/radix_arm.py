@@ -26,7 +26,8 @@ class HashGrader:
     """Half of the trajectories are right, which ones only a hash knows: for a model that knows
     nothing, so that scores still differ between nodes."""
 
-    needs_answer = False
+    def check(self, answer: str) -> None:
+        """None is needed."""
 
     async def grade(self, submission: Any) -> float:
         return float(zlib.crc32(submission.completion.encode()) % 2)

@@ -39,6 +39,16 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Submission:
+    """A finished trajectory as text, special tokens left out; an empty `answer` is none."""
+
+    prompt: str
+    completion: str
+    answer: str
+    tree_id: str = ""
+
+
+@dataclass(frozen=True)
 class Expansion:
     """One finished, graded rollout of a growing tree (fields: Expansion in sampling.proto)."""
 

@@ -209,6 +209,17 @@ class Tree:
         self.finishes[node] = finish
         return node
 
+    def set_reward(self, node: int, reward: float) -> None:
+        """Gives the rollouts that end with `node` another reward. Raises ValueError if there are
+        none, or for a reward outside [0, 1]; the tree is then unchanged."""
+        if not 0.0 <= reward <= 1.0:
+            raise ValueError(f"reward {reward} is outside [0, 1]")
+        if not (0 <= node < len(self) and self.ends[node]):
+            raise ValueError(f"no rollout ends with node {node}")
+        change = (reward - self.reward(node)) * self.ends[node]
+        for above in (0, *self.path(node)):
+            self.reward_sums[above] += change
+
     def graft(self, parent: int, step: Step) -> int:
         """The child of `parent` with these tokens, made without counting if it is new."""
         child = self._children[parent].get(step.token_ids)

@@ -16,11 +16,12 @@ from ibtree.messages import (
     PushOutcome,
     QueueStats,
     ServedWeights,
+    Submission,
     TreeLease,
 )
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
-from ibtree.v1 import cache_pb2, queue_pb2, sampling_pb2, tree_pb2, weights_pb2
+from ibtree.v1 import cache_pb2, queue_pb2, reward_pb2, sampling_pb2, tree_pb2, weights_pb2
 from ibtree.weights import CHUNK_BYTES, TensorSpec, WeightManifest
 from ibtree.wire import options_from_proto, options_to_proto, tree_from_proto
 
@@ -83,6 +84,22 @@ def event_from_proto(message: sampling_pb2.SampleTreeResponse) -> Expansion | Tr
     names = [f.name for f in fields(Expansion) if f.name != "finish"]
     values = {name: getattr(message.expansion, name) for name in names}
     return Expansion(finish=Finish(message.expansion.finish_reason), **values)
+
+
+def grade_request(submissions: Iterable[Submission]) -> reward_pb2.GradeRequest:
+    trajectories = [reward_pb2.Trajectory(**asdict(one)) for one in submissions]
+    return reward_pb2.GradeRequest(trajectories=trajectories)
+
+
+def rewards_from_proto(response: reward_pb2.GradeResponse, count: int) -> list[float]:
+    """Raises ValueError unless they are `count` numbers in [0, 1]."""
+    rewards = list(response.rewards)
+    if len(rewards) != count:
+        raise ValueError(f"{len(rewards)} rewards for {count} trajectories")
+    for reward in rewards:
+        if not 0.0 <= reward <= 1.0:
+            raise ValueError(f"the reward {reward} is not in [0, 1]")
+    return rewards
 
 
 def leases_from_proto(response: queue_pb2.LeaseTreesResponse) -> list[TreeLease]:

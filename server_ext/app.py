@@ -39,9 +39,14 @@ from server_ext.forest import Forest, check_job_names
 from server_ext.journal import Journal
 from server_ext.open_trees import FRACTION_VARIABLE
 from server_ext.producer import JournalThread, Producer
-from server_ext.rewards.base import Graders
+from server_ext.rewards.base import Grader, Graders, TreeGrader
 from server_ext.rewards.exact import ExactGrader
+from server_ext.rewards.installed import installed_graders
 from server_ext.rewards.math import MathGrader
+from server_ext.rewards.pool import GradingPool
+from server_ext.rewards.regex import RegexGrader
+from server_ext.rewards.remote import RemoteGrader
+from server_ext.rewards.self_consistency import SelfConsistencyGrader
 from server_ext.services.cache import CacheService
 from server_ext.services.health import Health, serve_health
 from server_ext.services.queue import QueueService
@@ -160,10 +165,22 @@ async def _until(
 
 
 def _graders(config: ServerConfig, stack: AsyncExitStack) -> Graders:
+    """Built-in names win over those of installed packages."""
     marker = config.answer_marker
-    maths = MathGrader(config.grader_workers, config.grade_timeout_s, marker)
-    stack.callback(maths.close)
-    return Graders({"exact": ExactGrader(marker), "math": maths})
+    pool = GradingPool(config.grader_workers, config.grade_timeout_s)
+    stack.callback(pool.close)
+    remote = RemoteGrader(config.reward_address, config.reward_timeout_s)
+    stack.push_async_callback(remote.close)
+    if config.grader == "remote":
+        remote.check("")
+    built_in: dict[str, Grader | TreeGrader] = {
+        "exact": ExactGrader(marker),
+        "math": MathGrader(pool, marker),
+        "regex": RegexGrader(pool, marker),
+        "self_consistency": SelfConsistencyGrader(marker),
+        "remote": remote,
+    }
+    return Graders(installed_graders(pool) | built_in)
 
 
 def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngine:

@@ -43,13 +43,18 @@ class ServerConfig(Settings):
     separator: str = Field(default="\n\n", min_length=1)
     """Text that closes a reasoning step."""
     grader: str = "math"
-    """Grader of prompts that name none."""
+    """Grader of prompts that name none: exact, math, regex, self_consistency, remote, or one that
+    is installed."""
     grader_workers: int = Field(default=2, ge=1, le=256)
-    """Processes that run graders which may hang."""
+    """Processes that run graders which may hang: math, regex and those of installed packages."""
     grade_timeout_s: float = Field(default=10.0, gt=0)
-    """Time one grade may take; a grade that takes longer counts as wrong (0)."""
+    """Time one grade may take there; a grade that takes longer counts as wrong (0)."""
     answer_marker: str = Field(default="####", min_length=1)
-    """Text before the final answer, for the grader `exact`."""
+    """Text before the final answer, which ends with the line."""
+    reward_address: str = ""
+    """host:port of your RewardService, for the grader `remote`."""
+    reward_timeout_s: float = Field(default=60.0, gt=0)
+    """Deadline of a call to it, retries included; a tree whose trajectory got no reward fails."""
 
     max_open_trees: int = Field(default=64, ge=1)
     """Trees growing at once; more wait."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ibtree.errors import FieldError
-from ibtree.messages import Chat, Expansion, Prompt
+from ibtree.messages import Chat, Expansion, Prompt, Submission
 from ibtree.options import TreeOptions, check_choice, completed
 from ibtree.tree import Finish, Step, Tree
 from server_ext.admission import Admission
@@ -18,7 +18,7 @@ from server_ext.grow.grower import SCHEDULES, Grower, Rollout
 from server_ext.grow.segment import Segmenter
 from server_ext.grow.stops import stop_length
 from server_ext.grow.strategies import strategy_named
-from server_ext.rewards.base import Graders, Submission
+from server_ext.rewards.base import Graders, TreeGrader
 from server_ext.text import Tokenizer
 
 _MAX_ID_CHARACTERS = 256
@@ -214,6 +214,9 @@ class _TreeSampler:
         self._in_flight: set[str] = set()
         self._aborted = False
         self._warming: asyncio.Task[None] | None = None
+        self._votes: dict[tuple[int, ...], str] = {}
+        self._voters: dict[int, str] = {}
+        """Votes by the node that the trajectory ends with."""
 
     async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
         if start == 0 and len(tree.prompt) >= _WARM_TOKENS:
@@ -274,8 +277,21 @@ class _TreeSampler:
 
     async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
         completion = self._tokenizer.decode(token_ids, special=False)
-        submission = Submission(self._prompt_text, completion, self._job.answer)
+        job = self._job
+        submission = Submission(self._prompt_text, completion, job.answer, job.tree_id)
+        if isinstance(self._grader, TreeGrader):
+            self._votes[token_ids] = self._grader.vote(submission)
+            return 0.0  # until it is inserted
         return await self._grader.grade(submission)
+
+    def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
+        if not isinstance(self._grader, TreeGrader):
+            return {}
+        self._voters[end] = self._votes[token_ids]
+        # a split may have merged two nodes: one trajectory, one vote
+        said = {tree.alive(node): vote for node, vote in self._voters.items()}
+        votes = [(vote, tree.ends[node]) for node, vote in said.items()]
+        return dict(zip(said, self._grader.rewards(votes), strict=True))
 
     def abort(self, tree: Tree) -> None:
         self._aborted = True

@@ -10,6 +10,7 @@ import grpc
 from ibtree.errors import ConflictError, FieldError, PreconditionError, UnknownLeaseError
 from server_ext.engine import EngineError
 from server_ext.grow.grower import GrowthError, RolloutLostError
+from server_ext.rewards.base import GraderUnavailableError
 from server_ext.tree_cache import NoReplyError
 
 _log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     RolloutLostError: grpc.StatusCode.UNAVAILABLE,
     GrowthError: grpc.StatusCode.DEADLINE_EXCEEDED,
     EngineError: grpc.StatusCode.UNAVAILABLE,
+    GraderUnavailableError: grpc.StatusCode.UNAVAILABLE,
     NoReplyError: grpc.StatusCode.UNAVAILABLE,
 }
 

@@ -40,8 +40,8 @@ DEFAULTS = TreeOptions(
 CONTEXT, MAX_TRAJECTORIES = 512, 40
 
 
-def prompt(text: str = "What?", id: str = "", **options: Any) -> Prompt:
-    return Prompt(text, id, "1", "", changed(DEFAULTS, **options) if options else None)
+def prompt(text: str = "What?", id: str = "", grader: str = "", **options: Any) -> Prompt:
+    return Prompt(text, id, "1", grader, changed(DEFAULTS, **options) if options else None)
 
 
 class Site:
@@ -57,7 +57,7 @@ class Site:
             self.engine,
             self.tokenizer,
             self.tokenizer.segmenter("\n\n"),
-            Graders({"exact": ExactGrader("####")}),
+            Graders({"exact": ExactGrader("####"), **limits.get("graders", {})}),
             model_id=MODEL_ID,
             defaults=DEFAULTS,
             default_grader="exact",
