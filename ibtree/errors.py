@@ -27,5 +27,14 @@ class ConflictError(RuntimeError):
     """An id is already known with other content (ALREADY_EXISTS)."""
 
 
+class BusyError(RuntimeError):
+    """Too much waits already; nothing was taken (RESOURCE_EXHAUSTED). Come back after
+    `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class UnknownLeaseError(LookupError):
     """A lease is unknown or ran out (NOT_FOUND)."""

@@ -57,7 +57,16 @@ class ServerConfig(Settings):
     """Deadline of a call to it, retries included; a tree whose trajectory got no reward fails."""
 
     max_open_trees: int = Field(default=64, ge=1)
-    """Trees growing at once; more wait."""
+    """Trees of queued prompts growing at once; more wait."""
+    max_calls: int = Field(default=64, ge=1)
+    """Trees of SampleTree calls growing at once; their rollouts go before those of other trees."""
+    max_waiting_calls: int = Field(default=256, ge=0)
+    """SampleTree calls that may wait; one more is told to come back later."""
+    max_queued_prompts: int = Field(default=100_000, ge=1)
+    """Prompts that may be queued; whoever submits more is told to come back later."""
+    max_rollouts: int = Field(default=0, ge=0)
+    """Rollouts in flight in the engine; more wait, shared fairly between the trees. 0: as many as
+    SGLang runs at once."""
     radix_cache: Literal["ibtree", "default"] = "ibtree"
     """SGLang's radix cache: ours, or its own, which does not know trees and is emptied at every
     weight update (for comparisons)."""
@@ -68,6 +77,12 @@ class ServerConfig(Settings):
     """Compare one cached prefix with a computed one this often; 0: never."""
     max_trajectories: int = Field(default=256, ge=1)
     """Most trajectories a prompt may ask for."""
+    limit_new_tokens: int | None = Field(default=None, ge=1)
+    """Largest max_new_tokens a prompt may ask for. null: what the model's context leaves."""
+    limit_temperature: float | None = Field(default=None, gt=0)
+    """Highest temperature a prompt may ask for. null: 100."""
+    limit_deadline_s: float | None = Field(default=None, gt=0)
+    """Longest deadline of a tree, and that of a tree whose prompt asks for none. null: no limit."""
     lease_s: float = Field(default=600.0, gt=0)
     """How long a lease lasts unless the caller says."""
     max_returns: int = Field(default=5, ge=0)

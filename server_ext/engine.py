@@ -204,6 +204,11 @@ class SglangEngine:
         finally:
             self._waiting.pop(rid, None)
 
+    async def most_running(self) -> int:
+        """Requests that it runs at once; more would wait in its own queue, in order."""
+        states = await self._engine.tokenizer_manager.get_internal_state()
+        return sum(int(state["effective_max_running_requests_per_dp"]) for state in states)
+
     def abort(self, rid: str) -> None:
         """Ends a request early: its `generate` returns what it has, or is cancelled if it still
         waits for a weight update."""

@@ -1,4 +1,4 @@
-"""Every growing tree: checks prompts at the door, admits trees, joins engine, text and graders."""
+"""Every growing tree: checks prompts at the door, admits trees, grows them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ibtree.errors import FieldError
-from ibtree.messages import Chat, Expansion, Prompt, Submission
+from ibtree.messages import Chat, Expansion, Prompt
 from ibtree.options import TreeOptions, check_choice, completed
-from ibtree.tree import Finish, Step, Tree
+from ibtree.tree import Tree
 from server_ext.admission import Admission
-from server_ext.engine import Completion, Engine
-from server_ext.grow.grower import SCHEDULES, Grower, Rollout
+from server_ext.engine import Engine
+from server_ext.grow.grower import SCHEDULES, Grower
 from server_ext.grow.segment import Segmenter
-from server_ext.grow.stops import stop_length
 from server_ext.grow.strategies import strategy_named
-from server_ext.rewards.base import Graders, TreeGrader
+from server_ext.limits import Calls, Limits, Pace
+from server_ext.rewards.base import Graders
+from server_ext.sampler import Job, Means, TreeSampler
+from server_ext.slots import Slots
 from server_ext.text import Tokenizer
 
 _MAX_ID_CHARACTERS = 256
-_WARM_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked prompt: everything needed to grow its tree."""
-
-    tree_id: str
-    token_ids: tuple[int, ...]
-    answer: str
-    grader: str
-    options: TreeOptions
-    include_text: bool = False
-    """Whether its expansions carry their text."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class OpenPrefix:
 
 
 class Forest:
-    """Grows trees; whoever grows one holds one of the `places` for open trees."""
+    """Grows trees; whoever grows one holds one of the `places`, or one of the `calls`' places."""
 
     def __init__(
         self,
@@ -60,22 +48,30 @@ class Forest:
         model_id: str,
         defaults: TreeOptions,
         default_grader: str,
-        max_trajectories: int,
+        limits: Limits,
         max_open_trees: int,
+        max_calls: int,
+        max_waiting_calls: int,
+        max_rollouts: int,
         cache_tokens: int | None,
         ended: Callable[[Tree], None] = lambda _: None,
     ) -> None:
-        """`cache_tokens`: what the radix cache can hold for open trees (None: nobody knows);
-        `ended` is told of each tree that was grown to its end."""
+        """`max_rollouts` may be in flight at once; `cache_tokens`: what the radix cache can hold
+        for open trees (None: nobody knows); `ended` is told of each tree that was grown to its
+        end."""
         self.defaults, self.model_id = defaults, model_id
-        self._engine, self._tokenizer, self._segmenter = engine, tokenizer, segmenter
+        self.slots, self.pace = Slots(max_rollouts), Pace()
+        self._means = Means(engine, tokenizer, segmenter, graders, self.slots)
+        self._engine, self._tokenizer = engine, tokenizer
         self._graders, self._default_grader = graders, default_grader
-        self._max_trajectories = max_trajectories
+        self._limits = limits
         self.places = asyncio.Semaphore(max_open_trees)
+        self.calls = Calls(max_calls, max_waiting_calls, self.pace)
         self._admission = Admission(cache_tokens)
         self._ended = ended
         self._open: dict[str, Tree] = {}
         check_job_names(defaults, graders, default_grader)
+        limits.applied(defaults)
 
     def check(self, prompt: Prompt) -> Job:
         """The job of a prompt. Raises FieldError that names the field and what is allowed."""
@@ -86,10 +82,7 @@ class Forest:
         grader = prompt.grader or self._default_grader
         check_job_names(options, self._graders, grader)
         self._graders.check(grader, prompt.answer)
-        if options.trajectories > self._max_trajectories:
-            problem = f"the shape asks for {options.trajectories} trajectories"
-            allowed = f"at most {self._max_trajectories} (the server's --max-trajectories)"
-            raise FieldError("options.rounds", problem, allowed)
+        options = self._limits.applied(options)
         self._check_vocabulary("sampling.stop_token_ids", options.sampling.stop_token_ids)
         token_ids = self._token_ids(prompt)
         # the engine keeps a place for one more token than it is asked to generate
@@ -127,12 +120,15 @@ class Forest:
         return self._tokenizer.decode(token_ids, special=False)
 
     async def grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
-        """Grows the job's tree; hold one of `places`. `submitted_at` is Unix seconds."""
+        """Grows the job's tree; hold a place. `submitted_at` is Unix seconds."""
         options = job.options
         most_tokens = options.trajectories * options.sampling.max_new_tokens
-        async with self._admission.place(len(job.token_ids), most_tokens) as place:
+        async with self._admission.place(
+            len(job.token_ids), most_tokens, urgent=job.urgent
+        ) as reservation:
             tree = await self._grow(job, emit, submitted_at)
-            self._admission.ended(place, tree.unique_tokens)
+            self._admission.ended(reservation, tree.unique_tokens)
+        self.pace.ended()
         self._ended(tree)
         return tree
 
@@ -147,9 +143,7 @@ class Forest:
         tree.ledger.queue_s = max(time.time() - submitted_at, 0.0)
         # a prompt may be grown again after a failure while its old requests still die
         name = f"{job.tree_id}/{uuid.uuid4().hex[:8]}"
-        sampler = _TreeSampler(
-            self._engine, self._tokenizer, self._segmenter, self._graders, job, name
-        )
+        sampler = TreeSampler(self._means, job, name)
 
         def tell(event: Expansion) -> None:
             if job.include_text:
@@ -194,111 +188,3 @@ def check_job_names(options: TreeOptions, graders: Graders, grader: str) -> None
     strategy_named(options.strategy)
     check_choice("options.schedule", options.schedule, SCHEDULES)
     graders.named(grader)
-
-
-class _TreeSampler:
-    """The grower's sampler for one tree; request ids are `<name>/<rollout>`."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        segmenter: Segmenter,
-        graders: Graders,
-        job: Job,
-        name: str,
-    ) -> None:
-        self._engine, self._tokenizer, self._segmenter = engine, tokenizer, segmenter
-        self._job, self._grader, self._name = job, graders.named(job.grader), name
-        self._prompt_text = tokenizer.decode(job.token_ids, special=False)
-        self._in_flight: set[str] = set()
-        self._aborted = False
-        self._warming: asyncio.Task[None] | None = None
-        self._votes: dict[tuple[int, ...], str] = {}
-        self._voters: dict[int, str] = {}
-        """Votes by the node that the trajectory ends with."""
-
-    async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
-        if start == 0 and len(tree.prompt) >= _WARM_TOKENS:
-            await self._warmed(tree)
-            if self._aborted:
-                return Rollout([], Finish.NONE, 0, 0)
-        prefix = tree.prefix(start)
-        left = tree.options.sampling.max_new_tokens - len(prefix)
-        completion = await self._generate(tree, str(number), prefix, left)
-        finish, generated = completion.finish, len(completion.token_ids)
-        stops = tree.options.sampling.stop
-        stopped = stop_length(self._tokenizer.decode, prefix, completion.token_ids, stops)
-        if stopped and finish is not Finish.NONE:
-            finish, completion = Finish.STOP, completion.head(stopped)
-        return Rollout(
-            self._steps(completion),
-            finish,
-            completion.prefix_tokens,
-            completion.cached_tokens,
-            generated - len(completion.token_ids),
-        )
-
-    async def _warmed(self, tree: Tree) -> None:
-        """Computes the prompt once: requests that start together would each compute it."""
-
-        async def warm() -> None:
-            completion = await self._generate(tree, "prompt", (), 1)
-            tree.ledger.generated_tokens += len(completion.token_ids)
-            tree.ledger.prefix_tokens += completion.prefix_tokens
-            tree.ledger.cached_tokens += completion.cached_tokens
-
-        if self._warming is None:
-            self._warming = asyncio.create_task(warm())
-        await asyncio.shield(self._warming)
-
-    async def _generate(
-        self, tree: Tree, number: str, prefix: tuple[int, ...], max_new_tokens: int
-    ) -> Completion:
-        rid = f"{self._name}/{number}"
-        self._in_flight.add(rid)
-        try:
-            sampling, token_ids = tree.options.sampling, (*tree.prompt, *prefix)
-            return await self._engine.generate(rid, token_ids, sampling, max_new_tokens)
-        finally:
-            self._in_flight.discard(rid)
-
-    def _steps(self, completion: Completion) -> list[Step]:
-        steps, at = [], 0
-        for length in self._segmenter.lengths(completion.token_ids):
-            span = slice(at, at + length)
-            steps.append(
-                Step(
-                    completion.token_ids[span], completion.logprobs[span], completion.versions[span]
-                )
-            )
-            at += length
-        return steps
-
-    async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
-        completion = self._tokenizer.decode(token_ids, special=False)
-        job = self._job
-        submission = Submission(self._prompt_text, completion, job.answer, job.tree_id)
-        if isinstance(self._grader, TreeGrader):
-            self._votes[token_ids] = self._grader.vote(submission)
-            return 0.0  # until it is inserted
-        return await self._grader.grade(submission)
-
-    def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
-        if not isinstance(self._grader, TreeGrader):
-            return {}
-        self._voters[end] = self._votes[token_ids]
-        # a split may have merged two nodes: one trajectory, one vote
-        said = {tree.alive(node): vote for node, vote in self._voters.items()}
-        votes = [(vote, tree.ends[node]) for node, vote in said.items()]
-        return dict(zip(said, self._grader.rewards(votes), strict=True))
-
-    def abort(self, tree: Tree) -> None:
-        self._aborted = True
-        for rid in list(self._in_flight):
-            self._engine.abort(rid)
-
-    def close(self) -> None:
-        """Nobody rolls any more."""
-        if self._warming:
-            self._warming.cancel()

@@ -30,7 +30,7 @@ NASTY = "\x1b[2J\x1b]0;mine\x07\r \u202e[bold]\x00\n\n#### 1"
 
 @pytest.fixture
 async def site(tmp_path):
-    async with Site(tmp_path, max_open_trees=2) as site:
+    async with Site(tmp_path, max_calls=2) as site:
         yield site
 
 
