@@ -31,7 +31,6 @@ from ibtree.v1 import (
     cache_pb2_grpc,
     queue_pb2,
     queue_pb2_grpc,
-    sampling_pb2,
     sampling_pb2_grpc,
     weights_pb2,
     weights_pb2_grpc,
@@ -114,10 +113,11 @@ class Client:
             _failed(method._method.decode().rsplit("/", 1)[-1], self.target, error)
 
     def sample_events(
-        self, prompt: Prompt, *, timeout_s: float = 600.0
+        self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> Iterator[Expansion | Tree]:
-        """Grows one tree: an Expansion per finished rollout, at last the Tree."""
-        request = sampling_pb2.SampleTreeRequest(prompt=wire_calls.prompt_to_proto(prompt))
+        """Grows one tree: an Expansion per finished rollout, at last the Tree. `include_text` asks
+        for the expansions' `text` and the tree's `texts`."""
+        request = wire_calls.sample_request(prompt, include_text)
         call = self._sampling.SampleTree(request, timeout=timeout_s)
         try:
             for message in call:
@@ -127,9 +127,11 @@ class Client:
         finally:
             call.cancel()  # type: ignore[no-untyped-call]
 
-    def sample_tree(self, prompt: Prompt, *, timeout_s: float = 600.0) -> Tree:
-        """Grows one tree and returns it."""
-        for event in self.sample_events(prompt, timeout_s=timeout_s):
+    def sample_tree(
+        self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
+    ) -> Tree:
+        """Grows one tree and returns it; with its `texts` if `include_text`."""
+        for event in self.sample_events(prompt, include_text=include_text, timeout_s=timeout_s):
             if isinstance(event, Tree):
                 return event
         raise RpcFailed("SampleTree", self.target, grpc.StatusCode.INTERNAL, "ended without a tree")
@@ -225,10 +227,11 @@ class AsyncClient:
             _failed(method._method.decode().rsplit("/", 1)[-1], self.target, error)
 
     async def sample_events(
-        self, prompt: Prompt, *, timeout_s: float = 600.0
+        self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> AsyncIterator[Expansion | Tree]:
-        """Grows one tree: an Expansion per finished rollout, at last the Tree."""
-        request = sampling_pb2.SampleTreeRequest(prompt=wire_calls.prompt_to_proto(prompt))
+        """Grows one tree: an Expansion per finished rollout, at last the Tree. `include_text` asks
+        for the expansions' `text` and the tree's `texts`."""
+        request = wire_calls.sample_request(prompt, include_text)
         call = self._sampling.SampleTree(request, timeout=timeout_s)
         try:
             async for message in call:
@@ -238,9 +241,13 @@ class AsyncClient:
         finally:
             call.cancel()
 
-    async def sample_tree(self, prompt: Prompt, *, timeout_s: float = 600.0) -> Tree:
-        """Grows one tree and returns it."""
-        async for event in self.sample_events(prompt, timeout_s=timeout_s):
+    async def sample_tree(
+        self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
+    ) -> Tree:
+        """Grows one tree and returns it; with its `texts` if `include_text`."""
+        async for event in self.sample_events(
+            prompt, include_text=include_text, timeout_s=timeout_s
+        ):
             if isinstance(event, Tree):
                 return event
         raise RpcFailed("SampleTree", self.target, grpc.StatusCode.INTERNAL, "ended without a tree")

@@ -14,8 +14,9 @@ class FieldError(ValueError):
         self.field, self.problem, self.allowed = field, problem, allowed
 
     def as_option(self) -> str:
-        """The message with the field as a command-line option."""
-        return f"--{self.field.replace('_', '-')}{str(self).removeprefix(self.field)}"
+        """The message with the field's first word as a command-line option."""
+        name = self.field.partition(" ")[0]  # what follows is a place: a path and a line
+        return f"--{name.replace('_', '-')}{str(self).removeprefix(name)}"
 
 
 class PreconditionError(RuntimeError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
@@ -27,13 +28,14 @@ class Chat:
 @dataclass(frozen=True)
 class Prompt:
     """A question: text, token ids or a conversation. Empty `id`, `grader` and absent `options` take
-    the server's defaults; an empty `answer` is none."""
+    the server's defaults; an empty `answer` is none. `options` may be a mapping of some of them, by
+    the names of TreeOptions and SamplingOptions: the others are then the server's defaults."""
 
     content: str | Sequence[int] | Chat
     id: str = ""
     answer: str = ""
     grader: str = ""
-    options: TreeOptions | None = None
+    options: TreeOptions | Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ in protos/ibtree/v1/tree.proto is the same on the wire.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -114,12 +115,19 @@ def options_from(settings: object) -> TreeOptions:
 
 def changed(options: TreeOptions, **changes: Any) -> TreeOptions:
     """`options` with fields replaced; keys are fields of TreeOptions or of SamplingOptions."""
-    inner = {f.name for f in fields(SamplingOptions)}
-    values = {f.name: getattr(options, f.name) for f in fields(TreeOptions)}
-    sampling = {f.name: getattr(options.sampling, f.name) for f in fields(SamplingOptions)}
+    outer = [f.name for f in fields(TreeOptions) if f.name != "sampling"]
+    inner = [f.name for f in fields(SamplingOptions)]
+    values = {name: getattr(options, name) for name in outer}
+    sampling = {name: getattr(options.sampling, name) for name in inner}
     for name, value in changes.items():
-        if name not in inner and name not in values:
-            raise FieldError(name, "no such option", ", ".join(sorted({*values, *inner})))
+        if name not in inner and name not in outer:
+            raise FieldError(name, "no such option", ", ".join(sorted([*outer, *inner])))
         (sampling if name in inner else values)[name] = value
-    values["sampling"] = SamplingOptions(**sampling)
-    return TreeOptions(**values)
+    return TreeOptions(sampling=SamplingOptions(**sampling), **values)
+
+
+def completed(
+    options: TreeOptions | Mapping[str, Any] | None, defaults: TreeOptions
+) -> TreeOptions:
+    """The options, or `defaults` with those replaced that a mapping gives."""
+    return options if isinstance(options, TreeOptions) else changed(defaults, **(options or {}))

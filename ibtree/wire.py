@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import groupby
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ibtree.errors import FieldError
-from ibtree.options import SamplingOptions, TreeOptions
+from ibtree.options import SamplingOptions, TreeOptions, completed
 from ibtree.score import ib_scores
 from ibtree.tree import Finish, Ledger, Step, StopCause, Tree
 from ibtree.v1 import tree_pb2 as pb
@@ -19,10 +19,16 @@ from ibtree.v1 import tree_pb2 as pb
 _COUNTS = ("draws", "visits", "starts", "ends")
 
 
-def options_to_proto(options: TreeOptions) -> pb.TreeOptions:
-    """Every field filled in; limits that are None stay absent."""
-    sampling = {f.name: getattr(options.sampling, f.name) for f in fields(SamplingOptions)}
-    flat = {f.name: getattr(options, f.name) for f in fields(TreeOptions) if f.name != "sampling"}
+def options_to_proto(options: TreeOptions | Mapping[str, Any]) -> pb.TreeOptions:
+    """Every field of TreeOptions, or those alone that a mapping gives; limits that are None stay
+    absent. Raises FieldError for a mapping with a value that is not allowed."""
+    whole = completed(options, TreeOptions())
+    outer = {f.name for f in fields(TreeOptions)} - {"sampling"}
+    inner = {f.name for f in fields(SamplingOptions)}
+    if not isinstance(options, TreeOptions):
+        outer, inner = outer & options.keys(), inner & options.keys()
+    sampling = {name: getattr(whole.sampling, name) for name in inner}
+    flat = {name: getattr(whole, name) for name in outer}
     return pb.TreeOptions(sampling=pb.SamplingOptions(**sampling), **flat)
 
 

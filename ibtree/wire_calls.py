@@ -62,6 +62,11 @@ def _content(message: sampling_pb2.Prompt) -> str | tuple[int, ...] | Chat:
     return tuple(message.token_ids.ids)
 
 
+def sample_request(prompt: Prompt, include_text: bool) -> sampling_pb2.SampleTreeRequest:
+    message = prompt_to_proto(prompt)
+    return sampling_pb2.SampleTreeRequest(prompt=message, include_text=include_text)
+
+
 def submit_request(prompts: Iterable[Prompt]) -> sampling_pb2.SubmitPromptsRequest:
     return sampling_pb2.SubmitPromptsRequest(prompts=[prompt_to_proto(p) for p in prompts])
 

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ibtree.errors import FieldError
@@ -49,6 +49,16 @@ class Completion:
     finish: Finish
     prefix_tokens: int
     cached_tokens: int
+
+    def head(self, length: int) -> Completion:
+        """Its first tokens."""
+        part = slice(length)
+        return replace(
+            self,
+            token_ids=self.token_ids[part],
+            logprobs=self.logprobs[part],
+            versions=self.versions[part],
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,7 @@ class SglangEngine:
         self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
     ) -> Completion:
         """One request; cancelling the caller aborts it. Raises EngineError."""
-        parameters = {
+        parameters: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,

@@ -6,16 +6,17 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ibtree.errors import FieldError
 from ibtree.messages import Chat, Expansion, Prompt, Submission
-from ibtree.options import TreeOptions, check_choice
+from ibtree.options import TreeOptions, check_choice, completed
 from ibtree.tree import Finish, Step, Tree
 from server_ext.admission import Admission
 from server_ext.engine import Completion, Engine
 from server_ext.grow.grower import SCHEDULES, Grower, Rollout
 from server_ext.grow.segment import Segmenter
+from server_ext.grow.stops import stop_length
 from server_ext.grow.strategies import strategy_named
 from server_ext.rewards.base import Graders, TreeGrader
 from server_ext.text import Tokenizer
@@ -33,6 +34,8 @@ class Job:
     answer: str
     grader: str
     options: TreeOptions
+    include_text: bool = False
+    """Whether its expansions carry their text."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Forest:
         if len(prompt.id) > _MAX_ID_CHARACTERS:
             problem = f"{len(prompt.id)} characters"
             raise FieldError("prompt.id", problem, f"at most {_MAX_ID_CHARACTERS}")
-        options = prompt.options or self.defaults
+        options = completed(prompt.options, self.defaults)
         grader = prompt.grader or self._default_grader
         check_job_names(options, self._graders, grader)
         self._graders.check(grader, prompt.answer)
@@ -119,6 +122,10 @@ class Forest:
             if not 0 <= token < len(self._tokenizer):
                 raise FieldError(field, f"no token {token}", f"0 to {len(self._tokenizer) - 1}")
 
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        return self._tokenizer.decode(token_ids, special=False)
+
     async def grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
         """Grows the job's tree; hold one of `places`. `submitted_at` is Unix seconds."""
         options = job.options
@@ -143,10 +150,17 @@ class Forest:
         sampler = _TreeSampler(
             self._engine, self._tokenizer, self._segmenter, self._graders, job, name
         )
+
+        def tell(event: Expansion) -> None:
+            if job.include_text:
+                generated = tree.prefix(event.end_node)[tree.depth_tokens(event.start_node) :]
+                event = replace(event, text=self.text(generated))
+            emit(event)
+
         self._engine.trees.open(name)
         self._open[name] = tree
         try:
-            await Grower(tree, strategy_named(job.options.strategy), sampler, emit).grow()
+            await Grower(tree, strategy_named(job.options.strategy), sampler, tell).grow()
             account = await self._engine.trees.close(name)
         finally:
             sampler.close()
@@ -212,8 +226,18 @@ class _TreeSampler:
         prefix = tree.prefix(start)
         left = tree.options.sampling.max_new_tokens - len(prefix)
         completion = await self._generate(tree, str(number), prefix, left)
-        steps = self._steps(completion)
-        return Rollout(steps, completion.finish, completion.prefix_tokens, completion.cached_tokens)
+        finish, generated = completion.finish, len(completion.token_ids)
+        stops = tree.options.sampling.stop
+        stopped = stop_length(self._tokenizer.decode, prefix, completion.token_ids, stops)
+        if stopped and finish is not Finish.NONE:
+            finish, completion = Finish.STOP, completion.head(stopped)
+        return Rollout(
+            self._steps(completion),
+            finish,
+            completion.prefix_tokens,
+            completion.cached_tokens,
+            generated - len(completion.token_ids),
+        )
 
     async def _warmed(self, tree: Tree) -> None:
         """Computes the prompt once: requests that start together would each compute it."""

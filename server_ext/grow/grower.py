@@ -32,16 +32,18 @@ class RolloutLostError(GrowthError):
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one request generated below its start node; `finish` is NONE if it was aborted."""
+    """What one request generated below its start node; `finish` is NONE if it was aborted.
+    `dropped_tokens` were generated after its end."""
 
     steps: Sequence[Step]
     finish: Finish
     prefix_tokens: int
     cached_tokens: int
+    dropped_tokens: int = 0
 
     @property
     def generated_tokens(self) -> int:
-        return sum(len(step.token_ids) for step in self.steps)
+        return sum(len(step.token_ids) for step in self.steps) + self.dropped_tokens
 
 
 class Sampler(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from ibtree.errors import FieldError
@@ -34,6 +35,7 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
     ) -> AsyncIterator[pb.SampleTreeResponse]:
         async with reported(context):
             job = self._forest.check(prompt_from_proto(request.prompt, self._forest.defaults))
+            job = replace(job, include_text=request.include_text)
             async for message in self._events(job):
                 yield message
 
@@ -57,7 +59,8 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         try:
             while (event := await events.get()) is not None:
                 yield event
-            yield pb.SampleTreeResponse(tree=tree_to_proto(growth.result()))
+            text = self._forest.text if job.include_text else None
+            yield pb.SampleTreeResponse(tree=tree_to_proto(growth.result(), text))
         finally:  # also when the caller cancels: its rollouts are aborted
             self.interactive -= 1
             growth.cancel()

@@ -131,6 +131,26 @@ def test_absent_options_take_the_defaults():
     assert tree_from_proto(message).options == TreeOptions()
 
 
+def test_a_mapping_sends_its_options_alone():
+    message = options_to_proto({"rounds": 3, "top_k": -1, "stop_token_ids": [5], "beta": 5.0})
+    assert {f.name for f, _ in message.ListFields()} == {"rounds", "beta", "sampling"}
+    assert {f.name for f, _ in message.sampling.ListFields()} == {"top_k", "stop_token_ids"}
+    defaults = TreeOptions(rounds=7, init_rollouts=2, beta=1.0)
+    found = options_from_proto(message, defaults)
+    assert found == changed(defaults, rounds=3, beta=5.0, top_k=-1, stop_token_ids=(5,))
+    assert options_to_proto({}) == pb.TreeOptions(sampling=pb.SamplingOptions())
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [({"round": 3}, "round"), ({"top_p": 2.0}, "sampling.top_p"), ({"sampling": 1}, "sampling")],
+)
+def test_a_mapping_of_bad_options_is_refused(given, field):
+    with pytest.raises(FieldError) as caught:
+        options_to_proto(given)
+    assert caught.value.field == field
+
+
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
