@@ -1,7 +1,8 @@
 """`make bench-service`: trees through gRPC beside the same grower called in process, on one engine.
 
 The client is a process of its own. Both ways take turns on the same problems; a ratio is the
-median over pairs. Then 1,000 prompts go through the queue while the server's memory is watched.
+median over pairs. Then trees are cancelled, and 1,000 prompts go through the queue while the
+server's memory is watched.
 """
 
 from __future__ import annotations
@@ -168,6 +169,21 @@ async def throughput(served: Served, child: Client, pairs: int, problems: Any) -
     return figures
 
 
+async def cancellation(served: Served, problems: Any) -> dict[str, float]:
+    """Seconds from the cancellation of 64 growing trees until the engine runs nothing."""
+    took = []
+    for attempt in range(5):
+        growing = asyncio.create_task(served.grow(problems(64, 10, attempt), 64))
+        while served.forest.slots.in_flight < 128:
+            await asyncio.sleep(0.01)
+        growing.cancel()
+        began = time.perf_counter()
+        await asyncio.wait([growing])
+        await served.engine.flush()  # refused while anything runs
+        took.append(time.perf_counter() - began)
+    return {"cancel_frees_s": statistics.median(took)}
+
+
 async def memory(served: Served, address: str, problems: Any) -> dict[str, float]:
     """1,000 prompts queued at once; the growth of memory is from the first hundred trees on."""
     from ibtree.client import AsyncClient
@@ -208,6 +224,7 @@ async def main() -> None:
                 figures = await throughput(served, child, arguments.pairs, problems)
             finally:
                 child.stop()
+            figures |= await cancellation(served, problems)
             figures |= await memory(served, address, problems)
             await served.stop()
         finally:
