@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from learner.batch import pad, share_out, split_rows, tree_rows
-from learner.trainer import Trainer
+from ibtree.tree import Tree
+from learner.batch import Row, batch_rows, pad, share_out, split_rows, tree_rows
+from learner.math.schedule import learning_rate
+from learner.trainer import StepFigures, Trainer
 from tests.learner.tiny import (
     CPU,
     Bigram,
@@ -22,6 +26,7 @@ from tests.learner.tiny import (
     settings_of,
 )
 from tests.reference import slow_loss
+from tests.reference.slow_loss import Policy
 
 PROMPT = (7, 8)
 TEMPERATURE = 0.7
@@ -153,6 +158,99 @@ def test_a_step_without_a_finite_gradient_is_left_out():
     before = policy.table.detach().clone()
     stepped(policy, None, [flat_tree([((1,), 1.0), ((2, 3), 0.0)])])
     assert torch.equal(policy.table.nan_to_num(99.0), before.nan_to_num(99.0))
+
+
+def skewed_trees() -> list[Tree]:
+    return [pair.fast for pair in mixed_batch(random.Random(6))]
+
+
+def test_a_bad_step_is_told_and_takes_no_optimiser_step():
+    """An old log-probability so low that the ratio overflows where the advantage is negative."""
+    trees = skewed_trees()
+    policy = Bigram(9, seed=1)
+    trainer = Trainer(policy, None, config(optimizer_steps_per_batch=3), CPU)
+    bad = [replace(s, logprobs=(-1e4,) * len(s.token_ids)) for s in trees[0].steps[1:]]
+    trees[0].steps[1:] = bad
+    before = policy.table.detach().clone()
+    figures = trainer.step(trees, version=1)
+    assert figures.bad and (figures.updates, figures.passes) == (0, 1)
+    assert torch.equal(policy.table, before) and not trainer.optimizer.state
+    good = trainer.step(skewed_trees(), version=1)
+    assert not good.bad and (good.updates, good.passes) == (3, 3)
+    assert not torch.equal(policy.table, before)
+
+
+@pytest.mark.parametrize("old", ["engine", "trainer"])
+def test_several_updates_keep_the_old_log_probabilities(old):
+    """Against the same steps one by one, each told what the policy said before the first."""
+    options = {"lr": 0.05, "grad_clip": 1e9, "temperature": TEMPERATURE, "micro_batch_tokens": 30}
+    together, single = Bigram(9, seed=1), Bigram(9, seed=1)
+    trees = skewed_trees()
+    chosen = config(**options, old_logprobs=old, importance_cap=1.1, optimizer_steps_per_batch=3)
+    figures = Trainer(together, None, chosen, CPU).step(trees, version=1)
+
+    one = Trainer(single, None, config(**options), CPU)
+    rows, _ = batch_rows(trees, chosen)
+    if old == "trainer":
+        logp = bigram_policy(single.table.tolist(), TEMPERATURE)
+        rows = [corrected(row, logp, cap=1.1) for row in rows]
+    losses = [stepped_rows(one, rows).loss for _ in range(3)]
+    assert figures.means()["loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
+    assert torch.allclose(together.table, single.table, atol=1e-6)
+    assert len(set(losses)) == 3 and figures.updates == 3
+
+
+def corrected(row: Row, logp: Policy, cap: float) -> Row:
+    """With the policy's own log-probabilities as the old ones; the truncated importance weight is
+    in the advantage."""
+    before = [logp(row.prompt, row.token_ids[: t + 1]) for t in range(len(row.token_ids))]
+    weights = [min(math.exp(b - e), cap) for b, e in zip(before, row.logprobs, strict=True)]
+    advantages = tuple(a * w for a, w in zip(row.advantages, weights, strict=True))
+    return replace(row, logprobs=tuple(before), advantages=advantages)
+
+
+def stepped_rows(trainer: Trainer, rows: list[Row]) -> StepFigures:
+    """A step on given rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("learner.trainer.batch_rows", lambda *_: (rows, 1))
+        return trainer.step([], version=1)
+
+
+def test_the_gap_is_that_before_the_first_update():
+    trees, found = skewed_trees(), []
+    for updates in (1, 4):
+        chosen = config(lr=0.1, optimizer_steps_per_batch=updates)
+        figures = Trainer(Bigram(9, seed=1), None, chosen, CPU).step(trees, version=0)
+        found.append([figures.means()[f"log_prob_gap_{kind}"] for kind in ("mean", "max")])
+    assert found[0] == found[1] and found[0][0] > 0
+
+
+def test_warm_up_rises_to_the_rate_and_stays():
+    """Over optimiser steps, not batches. Adam's first step is of the size of the rate."""
+    chosen = config(lr=0.08, warmup_steps=4, optimizer_steps_per_batch=2)
+    trainer, rates, taken = Trainer(Bigram(9, seed=1), None, chosen, CPU), [], 0
+    for _ in range(4):
+        figures = trainer.step(skewed_trees(), version=1, updates=taken)
+        taken += figures.updates
+        rates.append(figures.lr)
+    assert rates == pytest.approx([0.04, 0.08, 0.08, 0.08])
+    assert [learning_rate(0.08, n, 4) for n in range(6)] == pytest.approx(
+        [0.02, 0.04, 0.06, 0.08, 0.08, 0.08]
+    )
+    assert learning_rate(0.08, 0, 0) == 0.08
+    small, whole = (Bigram(9, seed=1) for _ in range(2))
+    for policy, warm in ((small, 4), (whole, 0)):
+        Trainer(policy, None, config(lr=0.08, warmup_steps=warm), CPU).step(skewed_trees(), 1)
+    start = Bigram(9, seed=1).table
+    ratio = ((small.table - start).norm() / (whole.table - start).norm()).detach()
+    assert float(ratio) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_seconds_of_computing_are_part_of_the_step():
+    trainer = Trainer(causal_lm(), None, config(), CPU)
+    begin = time.monotonic()
+    figures = trainer.step(skewed_trees(), version=1)
+    assert 0 < figures.seconds_compute < time.monotonic() - begin
 
 
 def test_figures_of_a_step():
