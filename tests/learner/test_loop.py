@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ibtree.tree import Finish, Tree
 from ibtree.v1 import tree_pb2
+from learner.door import flaw
 from tests.learner.recorded import RUN_ID, Learner, RecordedServer, record, write_model
 from tests.learner.tiny import CPU
+from tests.unit.growing import step_of
 
 PER_STEP = 4
 
@@ -110,6 +115,31 @@ def test_trees_that_can_not_be_trained_on_are_refused_and_the_loop_goes_on(
         assert len(given) == 3 and all(why in reason for reason in given)
     good = {f"{RUN_ID}/{n}" for n in range(16)} - {f"{RUN_ID}/{n}" for n in numbers}
     assert {id_ for id_, state in states.items() if state == "acked"} == good
+
+
+def test_a_tree_without_trajectories_is_refused():
+    tree = Tree(prompt=(1,), model_id="m")
+    assert flaw(tree, "m", 40) == "visits: no trajectory"
+    tree.insert(0, [step_of((39,))], 1.0, Finish.STOP)
+    assert flaw(tree, "m", 40) == "" and "beyond" in flaw(tree, "m", 39)
+
+
+def test_a_run_told_to_stop_saves_gives_back_and_goes_on_later(site, model):
+    """Between two checkpoints: what was trained on since the last one is not lost."""
+    options = ("--prompts-ahead-steps=2", "--checkpoint-every-steps=100")
+    one = learner(site, model, "--steps=6", *options)
+    site.after_calls(10, 0.0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert one.run_here() == ""
+    (folder,) = (one.out_dir / "checkpoints").iterdir()
+    done = int(folder.name.removeprefix("step-"))
+    assert 1 <= done < 6 and len(rows(one)) == done
+    assert (one.out_dir / "last" / "config.json").is_file()
+    states = site.trees()
+    assert "leased" not in states.values()
+    assert list(states.values()).count("acked") == done * PER_STEP
+    assert one.run_here() == ""
+    assert [row["step"] for row in rows(one)] == [*range(1, 7)]
+    assert list(site.trees().values()).count("acked") == 6 * PER_STEP
 
 
 def overflow(tree: tree_pb2.Tree) -> None:

