@@ -82,8 +82,9 @@ class Checkpoints:
     def _steps(self) -> list[Path]:
         return sorted(self._dir.glob("step-*[0-9]"))
 
-    def __bool__(self) -> bool:
-        return bool(self._steps())
+    def newest(self) -> int:
+        """Step of the newest checkpoint; 0 without any."""
+        return max((int(path.name.removeprefix("step-")) for path in self._steps()), default=0)
 
     def save(self, model: Any, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Returns when the checkpoint is durable. Raises WriteError; the one before then stays."""

@@ -29,6 +29,8 @@ def train(config: LearnerConfig) -> None:
         while not (_done(run) or run.stop):
             _step(run)
             _evaluate(run)
+        if run.checkpoints.newest() < run.state.step:  # told to stop between two
+            _save(run)
         run.exports.write("last", run.state)
 
 
@@ -57,15 +59,19 @@ def _step(run: Run) -> None:
         state.version += 1
         run.publisher.stage(run.trainer.policy, state)
     with report.phase("checkpoint"):
-        last = _done(run) or run.stop
-        if last or state.step % config.checkpoint_every_steps == 0:
-            run.checkpoints.save(run.trainer.policy, run.trainer.optimizer, state)
-            intake.ack()
+        if _done(run) or state.step % config.checkpoint_every_steps == 0:
+            _save(run)
     with report.phase("publish"):
         pause_s = run.publisher.push()
     seconds = {"pause_s": pause_s, "seconds_compute": figures.seconds_compute}
     report.step(state.step, state.figures | seconds)
     _warn(run, figures)
+
+
+def _save(run: Run) -> None:
+    """Makes the steps so far durable; only then their trees are acked."""
+    run.checkpoints.save(run.trainer.policy, run.trainer.optimizer, run.state)
+    run.intake.ack()
 
 
 def _warn(run: Run, figures: StepFigures) -> None:

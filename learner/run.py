@@ -96,7 +96,7 @@ def resume(checkpoints: Checkpoints, trainer: Trainer, config: LearnerConfig) ->
 
     Raises FieldError, PreconditionError.
     """
-    if config.resume == "never" and checkpoints:
+    if config.resume == "never" and checkpoints.newest():
         problem = f"{config.out_dir} holds checkpoints of another run"
         raise FieldError("out_dir", problem, "a folder of its own, or --resume auto")
     return checkpoints.load(trainer.policy, trainer.optimizer) or TrainState()

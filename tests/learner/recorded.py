@@ -224,7 +224,7 @@ class Learner:
 
     def start(self, *, largest_file: int = resource.RLIM_INFINITY) -> subprocess.Popen[bytes]:
         """`largest_file` [bytes] is a limit of the operating system, like a disk that is full."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         line = [sys.executable, "-c", _LIMITED, str(largest_file), *self._arguments]
         with self.log.open("ab") as file:
             return subprocess.Popen(line, stdout=file, stderr=file, env=environment, cwd=ROOT)
