@@ -75,7 +75,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int) -> None:
         self._dir, self._keep = directory, keep
-        directory.mkdir(parents=True, exist_ok=True)
+        with writing("checkpoints", directory):
+            directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob("*.part"):
             shutil.rmtree(leftover)
 

@@ -22,6 +22,7 @@ class MetricsFile:
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in kept]
         """What the run has reported so far."""
         with writing("metrics", path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
             if kept != lines:
                 fresh = path.with_suffix(".new")
                 fresh.write_bytes(b"".join(kept))

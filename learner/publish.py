@@ -26,7 +26,8 @@ class Publisher:
         self._client, self._patience_s = client, patience_s
         self.staged = out_dir / "publish.safetensors"
         """File of the staged version's weights, of dtype `dtype`."""
-        out_dir.mkdir(parents=True, exist_ok=True)
+        with writing("the weights to publish", out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
         self._names = sorted(checkpoint_specs(model_dir))
         self.model_id = model_identity(model_dir)
         served = client.get_weights(timeout_s=patience_s, wait=True)

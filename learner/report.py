@@ -69,7 +69,6 @@ class Reporter:
     def __init__(self, out_dir: Path, steps: int, state: TrainState) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        out_dir.mkdir(parents=True, exist_ok=True)
         self._out_dir = out_dir
         self._file = MetricsFile(out_dir / "metrics.jsonl", state.step)
         with writing("metrics", out_dir):

@@ -19,6 +19,7 @@ from ibtree.questions import Question, read_questions
 from learner.checkpoint import Checkpoints, TrainState
 from learner.config import LearnerConfig
 from learner.door import flaw
+from learner.errors import writing
 from learner.export import Exports
 from learner.intake import Intake
 from learner.model import load_policy, pick_device
@@ -105,9 +106,11 @@ def resume(checkpoints: Checkpoints, trainer: Trainer, config: LearnerConfig) ->
 def _run_id(config: LearnerConfig) -> str:
     """Names the run's prompts on the server; kept, so that a resumed run knows its own."""
     path = config.out_dir / "run.json"
-    config.out_dir.mkdir(parents=True, exist_ok=True)
     if config.resume == "never" or not path.is_file():
-        path.write_text(json.dumps({"run_id": uuid.uuid4().hex[:12]}))
+        fresh = path.with_suffix(".new")
+        with writing("run.json", config.out_dir):
+            fresh.write_text(json.dumps({"run_id": uuid.uuid4().hex[:12]}))
+            fresh.rename(path)
     return str(json.loads(path.read_text())["run_id"])
 
 

@@ -128,7 +128,6 @@ class Trainer:
             if self._reference is not None:
                 with torch.no_grad():
                     reference = self._logprobs(self._reference, rows)
-            first = before is None
             before = logp.detach() if before is None else before
             old, correction = rows.old_logp, None
             if self._config.old_logprobs == "trainer":
@@ -153,7 +152,7 @@ class Trainer:
         figures.clipped += float((objective.clipped * mask).sum())
         figures.tokens += float(mask.sum())
         own = (rows.versions == version) & (mask > 0)
-        if first and own.any():
+        if own.any():
             gap = (before - rows.old_logp).abs()[own]
             figures.gap_sum += float(gap.sum())
             figures.gap_max = max(figures.gap_max, float(gap.max()))

@@ -224,24 +224,23 @@ def test_before_its_first_step_the_optimiser_has_no_state(tmp_path):
     assert advance(fresh, range(1)) == advance(trainer, range(1))
 
 
-def save_with_little_room(folder: str, limit_bytes: int) -> None:
+def save_with_little_room(folder: str) -> None:
     """Run in a process of its own: a limit of the operating system on the size of a file."""
     import resource
 
     trainer = new_trainer(1)
     advance(trainer, range(1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
         Checkpoints(Path(folder), 1).save(trainer.policy, trainer.optimizer, TrainState(step=2))
     except WriteError as error:
         sys.exit(f"stopped: {error}")
 
 
-@pytest.mark.parametrize("limit_bytes", [10, 100_000])
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, limit_bytes):
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
     trainer = new_trainer(1)
     Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=1))
-    code = f"from {__name__} import *; save_with_little_room({str(tmp_path)!r}, {limit_bytes})"
+    code = f"from {__name__} import *; save_with_little_room({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "stopped: the checkpoint of step 2 could not be written" in done.stderr

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ibtree.tree import Finish, Tree
 from ibtree.v1 import tree_pb2
+from ibtree.weights import model_identity
 from learner.door import flaw
 from tests.learner.recorded import RUN_ID, Learner, RecordedServer, record, write_model
 from tests.learner.tiny import CPU
@@ -142,6 +143,22 @@ def test_a_run_told_to_stop_saves_gives_back_and_goes_on_later(site, model):
     assert list(site.trees().values()).count("acked") == 6 * PER_STEP
 
 
+def test_a_damaged_checkpoint_costs_its_steps_and_the_run_goes_on(site, model, monkeypatch, caplog):
+    """The trees of step 3 were acked: they are gone, and step 3 is taken again on the next."""
+    monkeypatch.setattr("learner.intake._POLL_S", 0.2)
+    assert learner(site, model, "--steps=3").run_here() == ""
+    one = learner(site, model, "--steps=4")
+    newest = one.out_dir / "checkpoints" / "step-00000003"
+    os.truncate(newest / "__0_0.distcp", 1000)
+    assert one.run_here() == ""
+    assert "kept aside, going on from step-00000002" in caplog.text
+    assert newest.with_suffix(".damaged").is_dir()
+    assert [row["step"] for row in rows(one)] == [1, 2, 3, 4]
+    assert site.updater.serving.version == 6  # 3, then step 2's weights again, steps 3 and 4
+    acked = {id_ for id_, state in site.trees().items() if state == "acked"}
+    assert acked == {f"{RUN_ID}/{n}" for n in range(5 * PER_STEP)}
+
+
 def overflow(tree: tree_pb2.Tree) -> None:
     """Finite, but the ratio to it is not; where the advantage is negative nothing clips it."""
     tree.logprobs[:] = [-1e4] * len(tree.logprobs)
@@ -200,6 +217,7 @@ def test_the_best_and_the_last_weights_are_plain_folders(site, model, tmp_path):
     weights = [torch.cat([w.flatten() for w in m.parameters()]) for m in loaded]
     assert weights[0].dtype == torch.float32 and weights[0].device == CPU
     assert not torch.equal(*weights)
+    assert {model_identity(f) for f in folders.values()} == {model_identity(model)}
     assert one.run_here() == ""  # a run that is over: nothing is evaluated or exported anew
     assert len(rows(one, "eval")) == 4
 
