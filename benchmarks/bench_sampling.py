@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from forest_on import forest_on
+
 HERE = Path(__file__).parent
 OUT = HERE / "out" / "sampling.json"
 ARITH = HERE.parent / "examples" / "arith"
@@ -89,7 +91,6 @@ class Bench:
     def __init__(self, at_once: int) -> None:
         from ibtree.options import SamplingOptions, TreeOptions
         from server_ext.engine import SglangEngine
-        from server_ext.forest import Forest
         from server_ext.rewards.base import Graders
         from server_ext.rewards.exact import ExactGrader
         from server_ext.text import Tokenizer
@@ -98,17 +99,9 @@ class Bench:
         tokenizer = Tokenizer(MODEL)
         sampling = SamplingOptions(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=128)
         self.options = TreeOptions(sampling=sampling)
-        self.forest = Forest(
-            self.engine,
-            tokenizer,
-            tokenizer.segmenter("\n\n"),
-            Graders({"exact": ExactGrader("####")}),
-            model_id="",
-            defaults=self.options,
-            default_grader="exact",
-            max_trajectories=64,
-            max_open_trees=at_once,
-            cache_tokens=None,
+        graders = Graders({"exact": ExactGrader("####")})
+        self.forest = forest_on(
+            self.engine, tokenizer, graders, self.options, "exact", at_once=at_once
         )
         self.at_once = at_once
 

@@ -19,6 +19,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from forest_on import forest_on
+
 MODEL = Path(__file__).parents[1] / "examples" / "arith" / "model"
 
 
@@ -26,7 +28,8 @@ class HashGrader:
     """Half of the trajectories are right, which ones only a hash knows: for a model that knows
     nothing, so that scores still differ between nodes."""
 
-    needs_answer = False
+    def check(self, answer: str) -> None:
+        """None is needed."""
 
     async def grade(self, submission: Any) -> float:
         return float(zlib.crc32(submission.completion.encode()) % 2)
@@ -62,20 +65,16 @@ class Arm:
 
     async def start(self, admission: bool) -> None:
         from ibtree.options import SamplingOptions
-        from server_ext.forest import Forest
 
         await self._generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
-        self.forest = Forest(
+        cache_tokens = (await self.engine.trees.state()).capacity_tokens if admission else None
+        self.forest = forest_on(
             self.engine,
             self.tokenizer,
-            self.tokenizer.segmenter("\n\n"),
             self.graders,
-            model_id="",
-            defaults=self.defaults,
-            default_grader="hash",
-            max_trajectories=64,
-            max_open_trees=256,
-            cache_tokens=(await self.engine.trees.state()).capacity_tokens if admission else None,
+            self.defaults,
+            "hash",
+            cache_tokens=cache_tokens,
         )
 
     async def grow(

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ibtree.messages import Prompt
+from ibtree.messages import Chat, ChatMessage, Prompt
 from ibtree.options import SamplingOptions, TreeOptions
 from ibtree.tree import Step, Tree
 
 if TYPE_CHECKING:
     from ibtree.client import AsyncClient, Client
 
-__all__ = ["AsyncClient", "Client", "Prompt", "SamplingOptions", "Step", "Tree", "TreeOptions"]
+__all__ = [
+    "AsyncClient",
+    "Chat",
+    "ChatMessage",
+    "Client",
+    "Prompt",
+    "SamplingOptions",
+    "Step",
+    "Tree",
+    "TreeOptions",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,17 @@
 """The gRPC client, synchronous and asynchronous, for anyone who wants trees.
 
-Every call has a deadline; UNAVAILABLE alone is retried (by the channel, within the deadline);
-failures are `RpcFailed` with one readable line. Clients are context managers.
+Every call has a deadline. Within it UNAVAILABLE is retried by the channel, and a server that is
+too busy is asked again when it said; other failures are `RpcFailed` with one readable line. Clients
+are context managers.
 """
 
 from __future__ import annotations
 
-import json
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -25,64 +27,20 @@ from ibtree.messages import (
     ServedWeights,
     TreeLease,
 )
+from ibtree.rpc import CHANNEL_OPTIONS, DEFAULT_TARGET, Deadline, RpcFailed, failure
 from ibtree.tree import Tree
 from ibtree.v1 import (
     cache_pb2,
     cache_pb2_grpc,
     queue_pb2,
     queue_pb2_grpc,
-    sampling_pb2,
     sampling_pb2_grpc,
     weights_pb2,
     weights_pb2_grpc,
 )
 from ibtree.weights import WeightManifest
 
-DEFAULT_TARGET = "127.0.0.1:7300"
-_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-_REMEDY = "start ibtpo-server or give its address"
-_SERVICES = ("TreeSamplingService", "TreeQueueService", "WeightsService", "CacheService")
-_RETRY = {
-    "maxAttempts": 5,
-    "initialBackoff": "0.2s",
-    "maxBackoff": "3s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
-}
-_CHANNEL_OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    (
-        "grpc.service_config",
-        json.dumps(
-            {
-                "methodConfig": [
-                    {
-                        "name": [{"service": f"ibtree.v1.{s}"} for s in _SERVICES],
-                        "retryPolicy": _RETRY,
-                    }
-                ]
-            }
-        ),
-    ),
-]
-
-
-class RpcFailed(RuntimeError):
-    """A call failed: `code` is the gRPC status; the message says what and where in one line."""
-
-    def __init__(self, method: str, target: str, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(f"{method} at {target}: {code.name}: {details}")
-        self.code, self.details = code, details
-
-
-def _failed(method: str, target: str, error: grpc.RpcError) -> NoReturn:
-    code, details = error.code(), error.details() or "no details"
-    if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
-        details = f"no server answers there; {_REMEDY}"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":
-        details = f"no answer in time; {_REMEDY}"
-    raise RpcFailed(method, target, code, details) from error
+__all__ = ["DEFAULT_TARGET", "AsyncClient", "Client", "RpcFailed"]
 
 
 class Client:
@@ -90,7 +48,7 @@ class Client:
 
     def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 60.0) -> None:
         self.target, self.timeout_s = target, timeout_s
-        self._channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._sampling = sampling_pb2_grpc.TreeSamplingServiceStub(self._channel)
         self._queue = queue_pb2_grpc.TreeQueueServiceStub(self._channel)
         self._weights = weights_pb2_grpc.WeightsServiceStub(self._channel)
@@ -108,37 +66,48 @@ class Client:
     def _call(
         self, method: Any, request: Any, timeout_s: float | None = None, wait: bool = False
     ) -> Any:
-        try:
-            return method(request, timeout=timeout_s or self.timeout_s, wait_for_ready=wait)
-        except grpc.RpcError as error:
-            _failed(method._method.decode().rsplit("/", 1)[-1], self.target, error)
+        deadline = Deadline(timeout_s or self.timeout_s)
+        while True:
+            try:
+                return method(request, timeout=deadline.left_s, wait_for_ready=wait)
+            except grpc.RpcError as error:
+                name = method._method.decode().rsplit("/", 1)[-1]
+                time.sleep(deadline.pause_s(failure(name, self.target, error)))
 
     def sample_events(
-        self, prompt: Prompt, *, timeout_s: float = 600.0
+        self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> Iterator[Expansion | Tree]:
-        """Grows one tree: an Expansion per finished rollout, at last the Tree."""
-        request = sampling_pb2.SampleTreeRequest(prompt=wire_calls.prompt_to_proto(prompt))
-        call = self._sampling.SampleTree(request, timeout=timeout_s)
-        try:
-            for message in call:
-                yield wire_calls.event_from_proto(message)
-        except grpc.RpcError as error:
-            _failed("SampleTree", self.target, error)
-        finally:
-            call.cancel()  # type: ignore[no-untyped-call]
+        """Grows one tree: an Expansion per finished rollout, at last the Tree. `include_text` asks
+        for the expansions' `text` and the tree's `texts`."""
+        request = wire_calls.sample_request(prompt, include_text)
+        deadline = Deadline(timeout_s)
+        while True:
+            call = self._sampling.SampleTree(request, timeout=deadline.left_s)
+            try:
+                for message in call:
+                    yield wire_calls.event_from_proto(message)
+                return
+            except grpc.RpcError as error:
+                pause_s = deadline.pause_s(failure("SampleTree", self.target, error))
+            finally:
+                call.cancel()  # type: ignore[no-untyped-call]
+            time.sleep(pause_s)
 
-    def sample_tree(self, prompt: Prompt, *, timeout_s: float = 600.0) -> Tree:
-        """Grows one tree and returns it."""
-        for event in self.sample_events(prompt, timeout_s=timeout_s):
+    def sample_tree(
+        self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
+    ) -> Tree:
+        """Grows one tree and returns it; with its `texts` if `include_text`."""
+        for event in self.sample_events(prompt, include_text=include_text, timeout_s=timeout_s):
             if isinstance(event, Tree):
                 return event
         raise RpcFailed("SampleTree", self.target, grpc.StatusCode.INTERNAL, "ended without a tree")
 
-    def submit_prompts(self, prompts: Iterable[Prompt], *, wait: bool = False) -> tuple[int, int]:
+    def submit_prompts(
+        self, prompts: Iterable[Prompt], *, timeout_s: float | None = None, wait: bool = False
+    ) -> tuple[int, int]:
         """Queues prompts; returns how many are new and how many were known already."""
-        response = self._call(
-            self._sampling.SubmitPrompts, wire_calls.submit_request(prompts), wait=wait
-        )
+        request = wire_calls.submit_request(prompts)
+        response = self._call(self._sampling.SubmitPrompts, request, timeout_s, wait)
         return response.accepted, response.known
 
     def lease_trees(
@@ -201,7 +170,7 @@ class AsyncClient:
 
     def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 60.0) -> None:
         self.target, self.timeout_s = target, timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         self._sampling = sampling_pb2_grpc.TreeSamplingServiceStub(self._channel)
         self._queue = queue_pb2_grpc.TreeQueueServiceStub(self._channel)
         self._weights = weights_pb2_grpc.WeightsServiceStub(self._channel)
@@ -219,39 +188,50 @@ class AsyncClient:
     async def _call(
         self, method: Any, request: Any, timeout_s: float | None = None, wait: bool = False
     ) -> Any:
-        try:
-            return await method(request, timeout=timeout_s or self.timeout_s, wait_for_ready=wait)
-        except grpc.RpcError as error:
-            _failed(method._method.decode().rsplit("/", 1)[-1], self.target, error)
+        deadline = Deadline(timeout_s or self.timeout_s)
+        while True:
+            try:
+                return await method(request, timeout=deadline.left_s, wait_for_ready=wait)
+            except grpc.RpcError as error:
+                name = method._method.decode().rsplit("/", 1)[-1]
+                await asyncio.sleep(deadline.pause_s(failure(name, self.target, error)))
 
     async def sample_events(
-        self, prompt: Prompt, *, timeout_s: float = 600.0
+        self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> AsyncIterator[Expansion | Tree]:
-        """Grows one tree: an Expansion per finished rollout, at last the Tree."""
-        request = sampling_pb2.SampleTreeRequest(prompt=wire_calls.prompt_to_proto(prompt))
-        call = self._sampling.SampleTree(request, timeout=timeout_s)
-        try:
-            async for message in call:
-                yield wire_calls.event_from_proto(message)
-        except grpc.RpcError as error:
-            _failed("SampleTree", self.target, error)
-        finally:
-            call.cancel()
+        """Grows one tree: an Expansion per finished rollout, at last the Tree. `include_text` asks
+        for the expansions' `text` and the tree's `texts`."""
+        request = wire_calls.sample_request(prompt, include_text)
+        deadline = Deadline(timeout_s)
+        while True:
+            call = self._sampling.SampleTree(request, timeout=deadline.left_s)
+            try:
+                async for message in call:
+                    yield wire_calls.event_from_proto(message)
+                return
+            except grpc.RpcError as error:
+                pause_s = deadline.pause_s(failure("SampleTree", self.target, error))
+            finally:
+                call.cancel()
+            await asyncio.sleep(pause_s)
 
-    async def sample_tree(self, prompt: Prompt, *, timeout_s: float = 600.0) -> Tree:
-        """Grows one tree and returns it."""
-        async for event in self.sample_events(prompt, timeout_s=timeout_s):
+    async def sample_tree(
+        self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
+    ) -> Tree:
+        """Grows one tree and returns it; with its `texts` if `include_text`."""
+        async for event in self.sample_events(
+            prompt, include_text=include_text, timeout_s=timeout_s
+        ):
             if isinstance(event, Tree):
                 return event
         raise RpcFailed("SampleTree", self.target, grpc.StatusCode.INTERNAL, "ended without a tree")
 
     async def submit_prompts(
-        self, prompts: Iterable[Prompt], *, wait: bool = False
+        self, prompts: Iterable[Prompt], *, timeout_s: float | None = None, wait: bool = False
     ) -> tuple[int, int]:
         """Queues prompts; returns how many are new and how many were known already."""
-        response = await self._call(
-            self._sampling.SubmitPrompts, wire_calls.submit_request(prompts), wait=wait
-        )
+        request = wire_calls.submit_request(prompts)
+        response = await self._call(self._sampling.SubmitPrompts, request, timeout_s, wait)
         return response.accepted, response.known
 
     async def lease_trees(

@@ -14,8 +14,9 @@ class FieldError(ValueError):
         self.field, self.problem, self.allowed = field, problem, allowed
 
     def as_option(self) -> str:
-        """The message with the field as a command-line option."""
-        return f"--{self.field.replace('_', '-')}{str(self).removeprefix(self.field)}"
+        """The message with the field's first word as a command-line option."""
+        name = self.field.partition(" ")[0]  # what follows is a place: a path and a line
+        return f"--{name.replace('_', '-')}{str(self).removeprefix(name)}"
 
 
 class PreconditionError(RuntimeError):
@@ -24,6 +25,15 @@ class PreconditionError(RuntimeError):
 
 class ConflictError(RuntimeError):
     """An id is already known with other content (ALREADY_EXISTS)."""
+
+
+class BusyError(RuntimeError):
+    """Too much waits already; nothing was taken (RESOURCE_EXHAUSTED). Come back after
+    `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UnknownLeaseError(LookupError):

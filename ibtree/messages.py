@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A question: text, or token ids. Empty `id`, `grader` and absent `options` take the server's
-    defaults; an empty `answer` is none."""
+class ChatMessage:
+    """One turn of a conversation, for the model's chat template."""
 
-    content: str | Sequence[int]
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as a prompt."""
+
+    messages: tuple[ChatMessage, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question: text, token ids or a conversation. Empty `id`, `grader` and absent `options` take
+    the server's defaults; an empty `answer` is none. `options` may be a mapping of some of them, by
+    the names of TreeOptions and SamplingOptions: the others are then the server's defaults."""
+
+    content: str | Sequence[int] | Chat
     id: str = ""
     answer: str = ""
     grader: str = ""
-    options: TreeOptions | None = None
+    options: TreeOptions | Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A finished trajectory as text, special tokens left out; an empty `answer` is none."""
+
+    prompt: str
+    completion: str
+    answer: str
+    tree_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,6 +60,7 @@ class Expansion:
     finish: Finish
     trajectories: int
     target_trajectories: int
+    text: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ in protos/ibtree/v1/tree.proto is the same on the wire.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +15,7 @@ from ibtree.errors import FieldError
 
 VALUE_ESTIMATORS = ("mean", "backup")
 CONFIDENCE_FORMS = ("geometric", "product", "sibling")
+_MAX_STOPS, _MAX_STOP_CHARACTERS, _MAX_STOP_IDS = 16, 256, 64
 
 
 def check_range(
@@ -38,6 +40,8 @@ class SamplingOptions:
     top_p: float = 0.95
     top_k: int = 20
     max_new_tokens: int = 2048
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_range("sampling.temperature", self.temperature, 0.0, 100.0, open_low=True)
@@ -45,6 +49,12 @@ class SamplingOptions:
         if self.top_k != -1 and not 1 <= self.top_k < 2**31:
             raise FieldError("sampling.top_k", f"got {self.top_k}", "[1, 2147483647] or -1 (all)")
         check_range("sampling.max_new_tokens", self.max_new_tokens, 1, 2**20)
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        check_range("sampling.stop: texts", len(self.stop), 0, _MAX_STOPS)
+        for text in self.stop:
+            check_range("sampling.stop: characters", len(text), 1, _MAX_STOP_CHARACTERS)
+        check_range("sampling.stop_token_ids: ids", len(self.stop_token_ids), 0, _MAX_STOP_IDS)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class TreeOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     deadline_s: float | None = None
     max_generated_tokens: int | None = None
+    max_trajectories: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("init_rollouts", "rounds", "branch_nodes", "branch_rollouts"):
@@ -79,11 +90,19 @@ class TreeOptions:
             check_range("deadline_s", self.deadline_s, 0.0, 86400.0 * 7, open_low=True)
         if self.max_generated_tokens is not None:
             check_range("max_generated_tokens", self.max_generated_tokens, 1, 2**62)
+        if self.max_trajectories is not None:
+            check_range("max_trajectories", self.max_trajectories, 1, 2**31 - 1)
+
+    @property
+    def shape_trajectories(self) -> int:
+        """G = B0 + (L - 1) K B: trajectories of the full shape."""
+        return self.init_rollouts + (self.rounds - 1) * self.branch_nodes * self.branch_rollouts
 
     @property
     def trajectories(self) -> int:
-        """G = B0 + (L - 1) K B: trajectories of the full shape."""
-        return self.init_rollouts + (self.rounds - 1) * self.branch_nodes * self.branch_rollouts
+        """Trajectories the tree is to hold: the full shape's, or the limit if that is smaller."""
+        limit = self.max_trajectories
+        return self.shape_trajectories if limit is None else min(self.shape_trajectories, limit)
 
 
 def options_from(settings: object) -> TreeOptions:
@@ -96,12 +115,19 @@ def options_from(settings: object) -> TreeOptions:
 
 def changed(options: TreeOptions, **changes: Any) -> TreeOptions:
     """`options` with fields replaced; keys are fields of TreeOptions or of SamplingOptions."""
-    inner = {f.name for f in fields(SamplingOptions)}
-    values = {f.name: getattr(options, f.name) for f in fields(TreeOptions)}
-    sampling = {f.name: getattr(options.sampling, f.name) for f in fields(SamplingOptions)}
+    outer = [f.name for f in fields(TreeOptions) if f.name != "sampling"]
+    inner = [f.name for f in fields(SamplingOptions)]
+    values = {name: getattr(options, name) for name in outer}
+    sampling = {name: getattr(options.sampling, name) for name in inner}
     for name, value in changes.items():
-        if name not in inner and name not in values:
-            raise FieldError(name, "no such option", ", ".join(sorted({*values, *inner})))
+        if name not in inner and name not in outer:
+            raise FieldError(name, "no such option", ", ".join(sorted([*outer, *inner])))
         (sampling if name in inner else values)[name] = value
-    values["sampling"] = SamplingOptions(**sampling)
-    return TreeOptions(**values)
+    return TreeOptions(sampling=SamplingOptions(**sampling), **values)
+
+
+def completed(
+    options: TreeOptions | Mapping[str, Any] | None, defaults: TreeOptions
+) -> TreeOptions:
+    """The options, or `defaults` with those replaced that a mapping gives."""
+    return options if isinstance(options, TreeOptions) else changed(defaults, **(options or {}))

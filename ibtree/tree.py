@@ -38,6 +38,7 @@ class StopCause(IntEnum):
     NO_CANDIDATE = 2
     DEADLINE = 3
     TOKEN_BUDGET = 4
+    MAX_TRAJECTORIES = 5
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Tree:
     reward_sums: list[float] = field(default_factory=lambda: [0.0])
     finishes: list[Finish] = field(default_factory=lambda: [Finish.NONE])
     born: list[int] = field(default_factory=lambda: [0])
+    texts: list[str] = field(default_factory=list)
+    """Of a tree that came over the wire with them: the text of each node."""
     _children: list[dict[tuple[int, ...], int]] = field(default_factory=lambda: [{}])
 
     def __len__(self) -> int:
@@ -205,6 +208,17 @@ class Tree:
         self.ends[node] += 1
         self.finishes[node] = finish
         return node
+
+    def set_reward(self, node: int, reward: float) -> None:
+        """Gives the rollouts that end with `node` another reward. Raises ValueError if there are
+        none, or for a reward outside [0, 1]; the tree is then unchanged."""
+        if not 0.0 <= reward <= 1.0:
+            raise ValueError(f"reward {reward} is outside [0, 1]")
+        if not (0 <= node < len(self) and self.ends[node]):
+            raise ValueError(f"no rollout ends with node {node}")
+        change = (reward - self.reward(node)) * self.ends[node]
+        for above in (0, *self.path(node)):
+            self.reward_sums[above] += change
 
     def graft(self, parent: int, step: Step) -> int:
         """The child of `parent` with these tokens, made without counting if it is new."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import groupby
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ibtree.errors import FieldError
-from ibtree.options import SamplingOptions, TreeOptions
+from ibtree.options import SamplingOptions, TreeOptions, completed
 from ibtree.score import ib_scores
 from ibtree.tree import Finish, Ledger, Step, StopCause, Tree
 from ibtree.v1 import tree_pb2 as pb
@@ -18,10 +19,16 @@ from ibtree.v1 import tree_pb2 as pb
 _COUNTS = ("draws", "visits", "starts", "ends")
 
 
-def options_to_proto(options: TreeOptions) -> pb.TreeOptions:
-    """Every field filled in; limits that are None stay absent."""
-    sampling = {f.name: getattr(options.sampling, f.name) for f in fields(SamplingOptions)}
-    flat = {f.name: getattr(options, f.name) for f in fields(TreeOptions) if f.name != "sampling"}
+def options_to_proto(options: TreeOptions | Mapping[str, Any]) -> pb.TreeOptions:
+    """Every field of TreeOptions, or those alone that a mapping gives; limits that are None stay
+    absent. Raises FieldError for a mapping with a value that is not allowed."""
+    whole = completed(options, TreeOptions())
+    outer = {f.name for f in fields(TreeOptions)} - {"sampling"}
+    inner = {f.name for f in fields(SamplingOptions)}
+    if not isinstance(options, TreeOptions):
+        outer, inner = outer & options.keys(), inner & options.keys()
+    sampling = {name: getattr(whole.sampling, name) for name in inner}
+    flat = {name: getattr(whole, name) for name in outer}
     return pb.TreeOptions(sampling=pb.SamplingOptions(**sampling), **flat)
 
 
@@ -29,7 +36,9 @@ def options_from_proto(message: pb.TreeOptions, defaults: TreeOptions) -> TreeOp
     """Absent fields take `defaults`. Raises FieldError for a value that is not allowed."""
 
     def given(part: Any, names: list[str]) -> dict[str, Any]:
-        return {name: getattr(part, name) for name in names if part.HasField(name)}
+        """Fields that are there; a repeated one that is not empty."""
+        there = {descriptor.name: value for descriptor, value in part.ListFields()}
+        return {name: there[name] for name in names if name in there}
 
     outer = [f.name for f in fields(TreeOptions) if f.name != "sampling"]
     inner = [f.name for f in fields(SamplingOptions)]
@@ -39,8 +48,9 @@ def options_from_proto(message: pb.TreeOptions, defaults: TreeOptions) -> TreeOp
     return TreeOptions(**values)
 
 
-def tree_to_proto(tree: Tree) -> pb.Tree:
-    """Each node once. Node order is the tree's own, renumbered only where a split broke it."""
+def tree_to_proto(tree: Tree, text: Callable[[tuple[int, ...]], str] | None = None) -> pb.Tree:
+    """Each node once. Node order is the tree's own, renumbered only where a split broke it.
+    `text` decodes a step's ids, for callers who asked for `texts`."""
     grown_in_order = all(p < i for i, p in enumerate(tree.parents[1:], 1)) and all(tree.visits)
     nodes = list(range(len(tree))) if grown_in_order else list(tree.topological())
     place = {node: i for i, node in enumerate(nodes)}
@@ -58,6 +68,7 @@ def tree_to_proto(tree: Tree) -> pb.Tree:
         token_offsets=np.cumsum([0] + [len(s.token_ids) for s in steps]).tolist(),
         token_ids=[t for s in steps for t in s.token_ids],
         logprobs=[lp for s in steps for lp in s.logprobs],
+        texts=[text(s.token_ids) for s in steps] if text else [],
         reward_sums=[tree.reward_sums[n] for n in nodes],
         ib_scores=[scores[n] for n in nodes],
         finish_reasons=[pb.FinishReason.ValueType(tree.finishes[n]) for n in nodes],
@@ -99,6 +110,7 @@ def tree_from_proto(message: pb.Tree) -> Tree:
     for name in _COUNTS:
         setattr(tree, name, list(getattr(message, name)))
     tree.reward_sums = list(message.reward_sums)
+    tree.texts = list(message.texts)
     tree.finishes = [Finish(f) for f in message.finish_reasons]
     try:
         tree.validate()
@@ -125,6 +137,8 @@ def _check_columns(message: pb.Tree, n: int, tokens: int) -> None:
         raise FieldError(
             "tree.logprobs", "or span_lengths do not match token_ids", f"{tokens} tokens"
         )
+    if len(message.texts) not in (0, n):
+        raise FieldError("tree.texts", f"{len(message.texts)} entries", f"0 or {n}, one a node")
     if len(message.span_lengths) != len(message.span_versions):
         raise FieldError("tree.span_versions", f"{len(message.span_versions)}", "one a span")
     if any(version >= 2**63 for version in message.span_versions):

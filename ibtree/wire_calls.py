@@ -10,16 +10,19 @@ from ibtree.errors import FieldError
 from ibtree.messages import (
     CacheAudit,
     CacheState,
+    Chat,
+    ChatMessage,
     Expansion,
     Prompt,
     PushOutcome,
     QueueStats,
     ServedWeights,
+    Submission,
     TreeLease,
 )
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
-from ibtree.v1 import cache_pb2, queue_pb2, sampling_pb2, tree_pb2, weights_pb2
+from ibtree.v1 import cache_pb2, queue_pb2, reward_pb2, sampling_pb2, tree_pb2, weights_pb2
 from ibtree.weights import CHUNK_BYTES, TensorSpec, WeightManifest
 from ibtree.wire import options_from_proto, options_to_proto, tree_from_proto
 
@@ -30,6 +33,9 @@ def prompt_to_proto(prompt: Prompt) -> sampling_pb2.Prompt:
     message = sampling_pb2.Prompt(id=prompt.id, answer=prompt.answer, grader=prompt.grader)
     if isinstance(prompt.content, str):
         message.text = prompt.content
+    elif isinstance(prompt.content, Chat):
+        turns = [sampling_pb2.ChatMessage(**asdict(turn)) for turn in prompt.content.messages]
+        message.chat.CopyFrom(sampling_pb2.Chat(messages=turns))
     else:
         message.token_ids.ids.extend(prompt.content)
     if prompt.options is not None:
@@ -39,14 +45,27 @@ def prompt_to_proto(prompt: Prompt) -> sampling_pb2.Prompt:
 
 def prompt_from_proto(message: sampling_pb2.Prompt, defaults: TreeOptions) -> Prompt:
     """Options left out take `defaults`. Raises FieldError for options that are not allowed."""
-    is_text = message.WhichOneof("content") == "text"
     return Prompt(
-        content=message.text if is_text else tuple(message.token_ids.ids),
+        content=_content(message),
         id=message.id,
         answer=message.answer,
         grader=message.grader,
         options=options_from_proto(message.options, defaults),
     )
+
+
+def _content(message: sampling_pb2.Prompt) -> str | tuple[int, ...] | Chat:
+    kind = message.WhichOneof("content")
+    if kind == "text":
+        return message.text
+    if kind == "chat":
+        return Chat(tuple(ChatMessage(turn.role, turn.content) for turn in message.chat.messages))
+    return tuple(message.token_ids.ids)
+
+
+def sample_request(prompt: Prompt, include_text: bool) -> sampling_pb2.SampleTreeRequest:
+    message = prompt_to_proto(prompt)
+    return sampling_pb2.SampleTreeRequest(prompt=message, include_text=include_text)
 
 
 def submit_request(prompts: Iterable[Prompt]) -> sampling_pb2.SubmitPromptsRequest:
@@ -66,6 +85,22 @@ def event_from_proto(message: sampling_pb2.SampleTreeResponse) -> Expansion | Tr
     names = [f.name for f in fields(Expansion) if f.name != "finish"]
     values = {name: getattr(message.expansion, name) for name in names}
     return Expansion(finish=Finish(message.expansion.finish_reason), **values)
+
+
+def grade_request(submissions: Iterable[Submission]) -> reward_pb2.GradeRequest:
+    trajectories = [reward_pb2.Trajectory(**asdict(one)) for one in submissions]
+    return reward_pb2.GradeRequest(trajectories=trajectories)
+
+
+def rewards_from_proto(response: reward_pb2.GradeResponse, count: int) -> list[float]:
+    """Raises ValueError unless they are `count` numbers in [0, 1]."""
+    rewards = list(response.rewards)
+    if len(rewards) != count:
+        raise ValueError(f"{len(rewards)} rewards for {count} trajectories")
+    for reward in rewards:
+        if not 0.0 <= reward <= 1.0:
+            raise ValueError(f"the reward {reward} is not in [0, 1]")
+    return rewards
 
 
 def leases_from_proto(response: queue_pb2.LeaseTreesResponse) -> list[TreeLease]:

@@ -20,8 +20,15 @@ class LearnerConfig(Settings):
     """Address of the server's gRPC port."""
     model: Path
     """Hugging Face folder: the one the server was started from."""
-    prompts: Path
-    """JSONL file, a line {"prompt": text, "answer": text} each."""
+    prompts: str
+    """JSONL file of {"prompt": text, "answer": text}, Parquet file with such columns, or Hugging
+    Face dataset hf:NAME[:CONFIG[:SPLIT]]. An answer whose last line is "#### 18" (GSM8K) is 18."""
+    prompt_field: str | None = None
+    """Field of the prompt. null: prompt, or question where there are only question and answer."""
+    answer_field: str | None = None
+    """Field of the answer. null: answer, if it is there."""
+    prompt_template: str = "{prompt}"
+    """What is sent: this text with the field's in the place of {prompt}."""
     out_dir: Path = Path("runs/learner")
     """Folder of checkpoints, metrics and the run's identity."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -132,8 +139,8 @@ class LearnerConfig(Settings):
     """Checkpoints kept."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues from the newest checkpoint in out_dir."""
-    eval_prompts: Path | None = None
-    """JSONL file of held-out prompts, evaluated through the server."""
+    eval_prompts: str | None = None
+    """Held-out prompts, read like prompts and evaluated through the server."""
     eval_every_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 evaluates before and after only."""
     log_prob_gap_alarm: float = Field(default=0.05, gt=0)

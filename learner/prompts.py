@@ -1,10 +1,16 @@
-"""The order of a run's prompts: shuffled, and continued exactly by a resumed run."""
+"""A run's prompts, and their order: shuffled, and continued exactly by a resumed run."""
 
 from __future__ import annotations
 
 import random
 
-from ibtree.questions import Question
+from ibtree.questions import Question, read_questions
+from learner.config import LearnerConfig
+
+
+def questions_of(source: str, config: LearnerConfig) -> list[Question]:
+    """Read by the run's fields and template. Raises FieldError with the line or row."""
+    return read_questions(source, config.prompt_field, config.answer_field, config.prompt_template)
 
 
 class PromptStream:

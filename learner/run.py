@@ -15,7 +15,7 @@ import torch
 
 from ibtree.client import Client
 from ibtree.errors import FieldError
-from ibtree.questions import Question, read_questions
+from ibtree.questions import Question
 from learner.checkpoint import Checkpoints, TrainState
 from learner.config import LearnerConfig
 from learner.door import flaw
@@ -23,7 +23,7 @@ from learner.errors import writing
 from learner.export import Exports
 from learner.intake import Intake
 from learner.model import load_policy, pick_device
-from learner.prompts import PromptStream
+from learner.prompts import PromptStream, questions_of
 from learner.publish import Publisher
 from learner.report import Reporter
 from learner.trainer import Trainer
@@ -58,8 +58,8 @@ def started(config: LearnerConfig) -> Iterator[Run]:
         torch.set_num_threads(config.threads)
     stop = _stop_on_signals()
     device = pick_device(config.device)
-    questions = read_questions(config.prompts)
-    held_out = read_questions(config.eval_prompts) if config.eval_prompts else []
+    questions = questions_of(config.prompts, config)
+    held_out = questions_of(config.eval_prompts, config) if config.eval_prompts else []
     with Client(config.server) as client:
         publisher = Publisher(client, config.model, config.out_dir, config.patience_s)
         policy = load_policy(config.model, device, config.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _MEMORY = 0.9
 """Weight of what was known before, when one more tree has ended."""
@@ -17,10 +17,12 @@ class Reservation:
 
     prompt_tokens: int
     most_tokens: int
+    urgent: bool = False
+    admitted: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Admission:
-    """Trees wait in the order they came. One tree is always let in, however large.
+    """Trees wait in the order they came, urgent ones first. One is always let in, however large.
 
     The share of the most that trees really keep is learnt from those that end; until the first
     did, all of it is reserved.
@@ -31,30 +33,42 @@ class Admission:
         self._capacity_tokens = capacity_tokens
         self._share: float | None = None
         self._open: set[Reservation] = set()
-        self._line = asyncio.Lock()
-        self._changed = asyncio.Event()
+        self._line: list[Reservation] = []
 
     @asynccontextmanager
-    async def place(self, prompt_tokens: int, most_tokens: int) -> AsyncIterator[Reservation]:
+    async def place(
+        self, prompt_tokens: int, most_tokens: int, *, urgent: bool = False
+    ) -> AsyncIterator[Reservation]:
         """Waits until the tree fits; call `ended` inside with what it really kept."""
-        reservation = Reservation(prompt_tokens, most_tokens)
-        async with self._line:
-            while not self._fits(reservation):
-                self._changed.clear()
-                await self._changed.wait()
-            self._open.add(reservation)
+        reservation = Reservation(prompt_tokens, most_tokens, urgent)
+        self._line.append(reservation)
+        self._admit()
         try:
+            await reservation.admitted.wait()
             yield reservation
         finally:
-            self._open.remove(reservation)
-            self._changed.set()
+            if reservation in self._open:
+                self._open.remove(reservation)
+            else:
+                self._line.remove(reservation)
+            self._admit()
 
     def ended(self, reservation: Reservation, unique_tokens: int) -> None:
         """The tree kept this many tokens below its prompt, each counted once."""
         share = unique_tokens / reservation.most_tokens
         before = share if self._share is None else self._share
         self._share = _MEMORY * before + (1 - _MEMORY) * share
-        self._changed.set()
+        self._admit()
+
+    def _admit(self) -> None:
+        """Nobody is overtaken for being large, or it might wait for ever."""
+        while self._line:
+            first = min(self._line, key=lambda one: not one.urgent)
+            if not self._fits(first):
+                return
+            self._line.remove(first)
+            self._open.add(first)
+            first.admitted.set()
 
     def _fits(self, one_more: Reservation) -> bool:
         if self._capacity_tokens is None or not self._open:

@@ -37,11 +37,17 @@ from server_ext.config import ServerConfig
 from server_ext.engine import SglangEngine
 from server_ext.forest import Forest, check_job_names
 from server_ext.journal import Journal
+from server_ext.limits import Limits
 from server_ext.open_trees import FRACTION_VARIABLE
 from server_ext.producer import JournalThread, Producer
-from server_ext.rewards.base import Graders
+from server_ext.rewards.base import Grader, Graders, TreeGrader
 from server_ext.rewards.exact import ExactGrader
+from server_ext.rewards.installed import installed_graders
 from server_ext.rewards.math import MathGrader
+from server_ext.rewards.pool import GradingPool
+from server_ext.rewards.regex import RegexGrader
+from server_ext.rewards.remote import RemoteGrader
+from server_ext.rewards.self_consistency import SelfConsistencyGrader
 from server_ext.services.cache import CacheService
 from server_ext.services.health import Health, serve_health
 from server_ext.services.queue import QueueService
@@ -107,17 +113,25 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             model_id=model_id,
             defaults=defaults,
             default_grader=config.grader,
-            max_trajectories=config.max_trajectories,
+            limits=Limits(
+                config.max_trajectories,
+                config.limit_new_tokens,
+                config.limit_temperature,
+                config.limit_deadline_s,
+            ),
             max_open_trees=config.max_open_trees,
+            max_calls=config.max_calls,
+            max_waiting_calls=config.max_waiting_calls,
+            max_rollouts=config.max_rollouts or await engine.most_running(),
             cache_tokens=cache.capacity_tokens or None,
             ended=metrics.tree,
         )
         auditor = Auditor(engine, forest)
-        cache_service = CacheService(engine.trees, auditor)
-        cache_pb2_grpc.add_CacheServiceServicer_to_server(cache_service, server)
         journal = JournalThread(partial(_journal, config))
         stack.callback(journal.close)
         producer = _add_services(server, config, forest, journal, updater)
+        cache_service = CacheService(engine.trees, auditor)
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(cache_service, server)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         await server.start()
         health.serving(True)
@@ -160,10 +174,22 @@ async def _until(
 
 
 def _graders(config: ServerConfig, stack: AsyncExitStack) -> Graders:
+    """Built-in names win over those of installed packages."""
     marker = config.answer_marker
-    maths = MathGrader(config.grader_workers, config.grade_timeout_s, marker)
-    stack.callback(maths.close)
-    return Graders({"exact": ExactGrader(marker), "math": maths})
+    pool = GradingPool(config.grader_workers, config.grade_timeout_s)
+    stack.callback(pool.close)
+    remote = RemoteGrader(config.reward_address, config.reward_timeout_s)
+    stack.push_async_callback(remote.close)
+    if config.grader == "remote":
+        remote.check("")
+    built_in: dict[str, Grader | TreeGrader] = {
+        "exact": ExactGrader(marker),
+        "math": MathGrader(pool, marker),
+        "regex": RegexGrader(pool, marker),
+        "self_consistency": SelfConsistencyGrader(marker),
+        "remote": remote,
+    }
+    return Graders(installed_graders(pool) | built_in)
 
 
 def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngine:
@@ -199,7 +225,7 @@ def _add_services(
         lambda prompt: prompt_from_proto(sampling_pb2.Prompt.FromString(prompt), forest.defaults),
         lambda tree: tree_to_proto(tree).SerializeToString(),
     )
-    sampling = SamplingService(forest, journal, producer)
+    sampling = SamplingService(forest, journal, producer, config.max_queued_prompts)
     queue = QueueService(journal, producer, config.lease_s, lambda: sampling.interactive)
     sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, server)
     queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, server)

@@ -43,16 +43,30 @@ class ServerConfig(Settings):
     separator: str = Field(default="\n\n", min_length=1)
     """Text that closes a reasoning step."""
     grader: str = "math"
-    """Grader of prompts that name none."""
+    """Grader of prompts that name none: exact, math, regex, self_consistency, remote, or one that
+    is installed."""
     grader_workers: int = Field(default=2, ge=1, le=256)
-    """Processes that run graders which may hang."""
+    """Processes that run graders which may hang: math, regex and those of installed packages."""
     grade_timeout_s: float = Field(default=10.0, gt=0)
-    """Time one grade may take; a grade that takes longer counts as wrong (0)."""
+    """Time one grade may take there; a grade that takes longer counts as wrong (0)."""
     answer_marker: str = Field(default="####", min_length=1)
-    """Text before the final answer, for the grader `exact`."""
+    """Text before the final answer, which ends with the line."""
+    reward_address: str = ""
+    """host:port of your RewardService, for the grader `remote`."""
+    reward_timeout_s: float = Field(default=60.0, gt=0)
+    """Deadline of a call to it, retries included; a tree whose trajectory got no reward fails."""
 
     max_open_trees: int = Field(default=64, ge=1)
-    """Trees growing at once; more wait."""
+    """Trees of queued prompts growing at once; more wait."""
+    max_calls: int = Field(default=64, ge=1)
+    """Trees of SampleTree calls growing at once; their rollouts go before those of other trees."""
+    max_waiting_calls: int = Field(default=256, ge=0)
+    """SampleTree calls that may wait; one more is told to come back later."""
+    max_queued_prompts: int = Field(default=100_000, ge=1)
+    """Prompts that may be queued; whoever submits more is told to come back later."""
+    max_rollouts: int = Field(default=0, ge=0)
+    """Rollouts in flight in the engine; more wait, shared fairly between the trees. 0: as many as
+    SGLang runs at once."""
     radix_cache: Literal["ibtree", "default"] = "ibtree"
     """SGLang's radix cache: ours, or its own, which does not know trees and is emptied at every
     weight update (for comparisons)."""
@@ -63,6 +77,12 @@ class ServerConfig(Settings):
     """Compare one cached prefix with a computed one this often; 0: never."""
     max_trajectories: int = Field(default=256, ge=1)
     """Most trajectories a prompt may ask for."""
+    limit_new_tokens: int | None = Field(default=None, ge=1)
+    """Largest max_new_tokens a prompt may ask for. null: what the model's context leaves."""
+    limit_temperature: float | None = Field(default=None, gt=0)
+    """Highest temperature a prompt may ask for. null: 100."""
+    limit_deadline_s: float | None = Field(default=None, gt=0)
+    """Longest deadline of a tree, and that of a tree whose prompt asks for none. null: no limit."""
     lease_s: float = Field(default=600.0, gt=0)
     """How long a lease lasts unless the caller says."""
     max_returns: int = Field(default=5, ge=0)

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ibtree.errors import FieldError
@@ -49,6 +49,16 @@ class Completion:
     finish: Finish
     prefix_tokens: int
     cached_tokens: int
+
+    def head(self, length: int) -> Completion:
+        """Its first tokens."""
+        part = slice(length)
+        return replace(
+            self,
+            token_ids=self.token_ids[part],
+            logprobs=self.logprobs[part],
+            versions=self.versions[part],
+        )
 
 
 @dataclass(frozen=True)
@@ -156,29 +166,48 @@ class SglangEngine:
         self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
     ) -> Completion:
         """One request; cancelling the caller aborts it. Raises EngineError."""
-        parameters = {
+        parameters: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_new_tokens": max_new_tokens,
             "skip_special_tokens": False,
         }
+        if sampling.stop or sampling.stop_token_ids:
+            parameters |= {
+                "stop": list(sampling.stop),
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "no_stop_trim": True,
+            }
+        tree, _, _ = rid.rpartition("/")
+        return _completion(await self._ask(rid, tree, token_ids, parameters))
+
+    async def _ask(
+        self, rid: str, tree: str, token_ids: Sequence[int], parameters: dict[str, Any], **more: Any
+    ) -> dict[str, Any]:
+        """Sends a request when the gate is open, to the rank that holds the tree."""
         self._waiting[rid] = asyncio.current_task()
         try:
             async with self._gate.rollout():
                 del self._waiting[rid]
-                out = await self._engine.async_generate(
+                out: dict[str, Any] = await self._engine.async_generate(
                     input_ids=list(token_ids),
                     sampling_params=parameters,
                     return_logprob=True,
                     rid=rid,
-                    routed_dp_rank=self.trees.rank(rid.rpartition("/")[0]),
+                    routed_dp_rank=self.trees.rank(tree),
+                    **more,
                 )
+                return out
         except ValueError as error:
             raise EngineError(f"request {rid}: {error}") from error
         finally:
             self._waiting.pop(rid, None)
-        return _completion(out)
+
+    async def most_running(self) -> int:
+        """Requests that it runs at once; more would wait in its own queue, in order."""
+        states = await self._engine.tokenizer_manager.get_internal_state()
+        return sum(int(state["effective_max_running_requests_per_dp"]) for state in states)
 
     def abort(self, rid: str) -> None:
         """Ends a request early: its `generate` returns what it has, or is cancelled if it still
@@ -194,19 +223,11 @@ class SglangEngine:
         """Scores `token` after the prefix, at temperature 1, where the tree's prefixes are cached
         or, if `cold`, afresh. Cancelling the caller aborts it. Raises EngineError."""
         rid = f"score-{uuid.uuid4().hex}"
-        try:
-            async with self._gate.rollout():
-                out = await self._engine.async_generate(
-                    input_ids=list(prefix),
-                    sampling_params={"max_new_tokens": 1, "temperature": 1.0},
-                    return_logprob=True,
-                    token_ids_logprob=[token],
-                    rid=rid,
-                    cache_salt=rid if cold else None,
-                    routed_dp_rank=self.trees.rank(tree),
-                )
-        except ValueError as error:
-            raise EngineError(f"request {rid}: {error}") from error
+        parameters = {"max_new_tokens": 1, "temperature": 1.0}
+        salt = rid if cold else None
+        out = await self._ask(
+            rid, tree, prefix, parameters, token_ids_logprob=[token], cache_salt=salt
+        )
         meta = out["meta_info"]
         [[(logprob, _, _)]] = meta["output_token_ids_logprobs"]
         [span] = meta["weight_versions"]

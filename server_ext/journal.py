@@ -25,6 +25,14 @@ from pathlib import Path
 from ibtree.errors import ConflictError, UnknownLeaseError
 
 
+class QueueFullError(RuntimeError):
+    """More prompts than may be queued; `excess` have to be grown first."""
+
+    def __init__(self, queued: int, new: int, most: int) -> None:
+        super().__init__(f"{queued} prompts are queued, {new} more do not fit: at most {most}")
+        self.excess = queued + new - most
+
+
 class State(StrEnum):
     """Where a tree is in its life; drawn in the module's docstring."""
 
@@ -100,13 +108,18 @@ class Journal:
     def close(self) -> None:
         self._db.close()
 
-    def submit(self, prompts: Iterable[tuple[str, bytes]]) -> tuple[int, int]:
+    def submit(
+        self, prompts: Iterable[tuple[str, bytes]], most_queued: int = 2**62
+    ) -> tuple[int, int]:
         """Queues (id, prompt) pairs; returns how many are new and how many were known.
 
-        Raises ConflictError, with nothing queued, for an id known with other content.
+        Raises, with nothing queued, ConflictError for an id known with other content and
+        QueueFullError if more than `most_queued` would be queued.
         """
         new = known = 0
         with self._transaction():
+            query = "SELECT COUNT(*) FROM trees WHERE state = ?"
+            (queued,) = self._db.execute(query, (State.QUEUED,)).fetchone()
             for id_, prompt in prompts:
                 content = hashlib.sha256(prompt).digest()
                 row = self._db.execute("SELECT content FROM trees WHERE id = ?", (id_,)).fetchone()
@@ -121,6 +134,8 @@ class Journal:
                     known += 1
                 else:
                     raise ConflictError(f"prompt id {id_!r} is known with other content")
+            if new and queued + new > most_queued:
+                raise QueueFullError(queued, new, most_queued)
         return new, known
 
     def take(self, count: int) -> list[Queued]:

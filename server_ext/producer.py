@@ -9,16 +9,22 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Concatenate, ParamSpec, TypeVar
 
-from ibtree.errors import FieldError
+from ibtree.errors import FieldError, PreconditionError
 from ibtree.messages import Prompt
 from ibtree.tree import Tree
 from server_ext.engine import EngineError
 from server_ext.forest import Forest
 from server_ext.grow.grower import GrowthError
 from server_ext.journal import Journal, Queued, State
+from server_ext.rewards.base import GraderUnavailableError
 from server_ext.tree_cache import NoReplyError
 
 _log = logging.getLogger(__name__)
+_KNOWN = (
+    *(EngineError, GrowthError, FieldError, NoReplyError),
+    *(GraderUnavailableError, PreconditionError),
+)
+"""Need no traceback."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -107,7 +113,7 @@ class Producer:
             await self._journal(Journal.requeue, queued.id)
             raise
         except Exception as error:
-            known = isinstance(error, (EngineError, GrowthError, FieldError, NoReplyError))
+            known = isinstance(error, _KNOWN)
             _log.warning("tree %s failed: %s", queued.id, error, exc_info=not known)
             state = await self._journal(Journal.fail, queued.id, f"{type(error).__name__}: {error}")
             if state is State.QUEUED:

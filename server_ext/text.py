@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ibtree.errors import FieldError
+from ibtree.messages import Chat
 from server_ext.grow.segment import Segmenter
 
 
@@ -28,6 +30,24 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text))
+
+    def encode_chat(self, chat: Chat) -> tuple[int, ...]:
+        """Through the model's chat template, which also opens the answer. Raises FieldError for a
+        model without a template, and for what its template rejects."""
+        if not self._tokenizer.chat_template:
+            problem = "the model has no chat template"
+            raise FieldError("prompt.chat", problem, "prompt.text or prompt.token_ids")
+        turns = [asdict(turn) for turn in chat.messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates are programs: they raise what they like
+            raise FieldError(
+                "prompt.chat", f"rejected by the model's template: {error}", "its roles, in order"
+            ) from error
+        # the template writes the special tokens itself
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int], *, special: bool = True) -> str:
         """Text of the ids; `special` keeps special tokens such as the end of sequence."""

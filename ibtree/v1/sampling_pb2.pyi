@@ -44,6 +44,56 @@ class TokenIds(_message.Message):
 Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
+class ChatMessage(_message.Message):
+    """One turn of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """Who speaks, as the model's chat template knows it: "system", "user", "assistant" and so on."""
+    content: _builtins.str
+    """What is said."""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
+
+@_typing.final
+class Chat(_message.Message):
+    """A conversation as a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """At least one message; the model's chat template turns them into text and opens the answer."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Chat: _TypeAlias = Chat  # noqa: Y015
+
+@_typing.final
 class Prompt(_message.Message):
     """A question to reason about."""
 
@@ -52,6 +102,7 @@ class Prompt(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
     ANSWER_FIELD_NUMBER: _builtins.int
     GRADER_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
@@ -62,10 +113,16 @@ class Prompt(_message.Message):
     answer: _builtins.str
     """Reference answer for the grader. Empty: none; a grader that needs one rejects the prompt."""
     grader: _builtins.str
-    """Name of the grader: "exact" or "math". Empty: the server's default."""
+    """Name of a grader: "exact", "math", "regex", "self_consistency", "remote", or one that is
+    installed on the server. Empty: the server's default.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, taken as they are."""
+
+    @_builtins.property
+    def chat(self) -> Global___Chat:
+        """Messages, put into text by the model's chat template. A model without one rejects them."""
 
     @_builtins.property
     def options(self) -> _tree_pb2.TreeOptions:
@@ -77,15 +134,16 @@ class Prompt(_message.Message):
         id: _builtins.str = ...,
         text: _builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
+        chat: Global___Chat | None = ...,
         answer: _builtins.str = ...,
         grader: _builtins.str = ...,
         options: _tree_pb2.TreeOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "options", b"options", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "content", b"content", "options", b"options", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "content", b"content", "grader", b"grader", "id", b"id", "options", b"options", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "chat", b"chat", "content", b"content", "grader", b"grader", "id", b"id", "options", b"options", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -96,6 +154,9 @@ class SampleTreeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_FIELD_NUMBER: _builtins.int
+    INCLUDE_TEXT_FIELD_NUMBER: _builtins.int
+    include_text: _builtins.bool
+    """Fill `text` in the events and `texts` in the tree, for callers without the tokenizer."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """The question. Must be there."""
@@ -104,10 +165,11 @@ class SampleTreeRequest(_message.Message):
         self,
         *,
         prompt: Global___Prompt | None = ...,
+        include_text: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_text", b"include_text", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -127,6 +189,7 @@ class Expansion(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     TRAJECTORIES_FIELD_NUMBER: _builtins.int
     TARGET_TRAJECTORIES_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Round it belongs to, from 1."""
     start_node: _builtins.int
@@ -136,13 +199,15 @@ class Expansion(_message.Message):
     generated_tokens: _builtins.int
     """Tokens it generated. [tokens]"""
     reward: _builtins.float
-    """Its reward in [0, 1]."""
+    """Its reward in [0, 1]; that of a grader which compares trajectories may still change."""
     finish_reason: _tree_pb2.FinishReason.ValueType
     """How it ended."""
     trajectories: _builtins.int
     """Trajectories in the tree so far, this one included."""
     target_trajectories: _builtins.int
-    """Trajectories the full shape holds."""
+    """Trajectories the tree is to hold."""
+    text: _builtins.str
+    """What it generated, special tokens left out. Empty unless asked for."""
     def __init__(
         self,
         *,
@@ -154,10 +219,11 @@ class Expansion(_message.Message):
         finish_reason: _tree_pb2.FinishReason.ValueType = ...,
         trajectories: _builtins.int = ...,
         target_trajectories: _builtins.int = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_node", b"end_node", "finish_reason", b"finish_reason", "generated_tokens", b"generated_tokens", "reward", b"reward", "round", b"round", "start_node", b"start_node", "target_trajectories", b"target_trajectories", "trajectories", b"trajectories"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_node", b"end_node", "finish_reason", b"finish_reason", "generated_tokens", b"generated_tokens", "reward", b"reward", "round", b"round", "start_node", b"start_node", "target_trajectories", b"target_trajectories", "text", b"text", "trajectories", b"trajectories"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,7 +54,8 @@ class TreeSamplingServiceServicer:
     def SampleTree(self, request, context):
         """Grows one tree and streams it: an Expansion per finished rollout, then the tree. Cancelling
         the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
-        INVALID_ARGUMENT names the field that was wrong.
+        INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
+        already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -63,7 +64,8 @@ class TreeSamplingServiceServicer:
     def SubmitPrompts(self, request, context):
         """Queues prompts whose scored trees TreeQueueService leases. All or nothing, durable when it
         returns, and idempotent by id: an id that is already known with the same content is
-        counted in `known`; with other content the call fails with ALREADY_EXISTS.
+        counted in `known`; with other content the call fails with ALREADY_EXISTS. RESOURCE_EXHAUSTED:
+        the queue is full; grpc-retry-pushback-ms as above, and nothing was queued.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

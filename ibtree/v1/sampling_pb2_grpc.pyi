@@ -36,12 +36,14 @@ class TreeSamplingServiceStub:
     SampleTree: _grpc.UnaryStreamMultiCallable[_sampling_pb2.SampleTreeRequest, _sampling_pb2.SampleTreeResponse]
     """Grows one tree and streams it: an Expansion per finished rollout, then the tree. Cancelling
     the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
-    INVALID_ARGUMENT names the field that was wrong.
+    INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
+    already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
     """
     SubmitPrompts: _grpc.UnaryUnaryMultiCallable[_sampling_pb2.SubmitPromptsRequest, _sampling_pb2.SubmitPromptsResponse]
     """Queues prompts whose scored trees TreeQueueService leases. All or nothing, durable when it
     returns, and idempotent by id: an id that is already known with the same content is
-    counted in `known`; with other content the call fails with ALREADY_EXISTS.
+    counted in `known`; with other content the call fails with ALREADY_EXISTS. RESOURCE_EXHAUSTED:
+    the queue is full; grpc-retry-pushback-ms as above, and nothing was queued.
     """
 
 @_typing.type_check_only
@@ -52,12 +54,14 @@ class TreeSamplingServiceAsyncStub(TreeSamplingServiceStub):
     SampleTree: _aio.UnaryStreamMultiCallable[_sampling_pb2.SampleTreeRequest, _sampling_pb2.SampleTreeResponse]  # type: ignore[assignment]
     """Grows one tree and streams it: an Expansion per finished rollout, then the tree. Cancelling
     the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
-    INVALID_ARGUMENT names the field that was wrong.
+    INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
+    already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
     """
     SubmitPrompts: _aio.UnaryUnaryMultiCallable[_sampling_pb2.SubmitPromptsRequest, _sampling_pb2.SubmitPromptsResponse]  # type: ignore[assignment]
     """Queues prompts whose scored trees TreeQueueService leases. All or nothing, durable when it
     returns, and idempotent by id: an id that is already known with the same content is
-    counted in `known`; with other content the call fails with ALREADY_EXISTS.
+    counted in `known`; with other content the call fails with ALREADY_EXISTS. RESOURCE_EXHAUSTED:
+    the queue is full; grpc-retry-pushback-ms as above, and nothing was queued.
     """
 
 class TreeSamplingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -71,7 +75,8 @@ class TreeSamplingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_sampling_pb2.SampleTreeResponse], _abc.AsyncIterator[_sampling_pb2.SampleTreeResponse]]:
         """Grows one tree and streams it: an Expansion per finished rollout, then the tree. Cancelling
         the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
-        INVALID_ARGUMENT names the field that was wrong.
+        INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
+        already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
         """
 
     @_abc_1.abstractmethod
@@ -82,7 +87,8 @@ class TreeSamplingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_sampling_pb2.SubmitPromptsResponse, _abc.Awaitable[_sampling_pb2.SubmitPromptsResponse]]:
         """Queues prompts whose scored trees TreeQueueService leases. All or nothing, durable when it
         returns, and idempotent by id: an id that is already known with the same content is
-        counted in `known`; with other content the call fails with ALREADY_EXISTS.
+        counted in `known`; with other content the call fails with ALREADY_EXISTS. RESOURCE_EXHAUSTED:
+        the queue is full; grpc-retry-pushback-ms as above, and nothing was queued.
         """
 
 def add_TreeSamplingServiceServicer_to_server(servicer: TreeSamplingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,7 +28,9 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """No trajectory ends at this node."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """The policy emitted its end-of-sequence token or a stop token (kept as the last token)."""
+    """The policy emitted its end-of-sequence token, a stop token or a stop string (kept; the token
+    that completes a stop string is the last one).
+    """
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """The trajectory reached `SamplingOptions.max_new_tokens`."""
 
@@ -38,7 +40,9 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """No trajectory ends at this node."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""The policy emitted its end-of-sequence token or a stop token (kept as the last token)."""
+"""The policy emitted its end-of-sequence token, a stop token or a stop string (kept; the token
+that completes a stop string is the last one).
+"""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """The trajectory reached `SamplingOptions.max_new_tokens`."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -59,6 +63,8 @@ class _StopCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopCause.V
     """`TreeOptions.deadline_s` ran out; finished rollouts are kept."""
     STOP_CAUSE_TOKEN_BUDGET: _StopCause.ValueType  # 4
     """`TreeOptions.max_generated_tokens` was reached; finished rollouts are kept."""
+    STOP_CAUSE_MAX_TRAJECTORIES: _StopCause.ValueType  # 5
+    """`TreeOptions.max_trajectories` was reached before the full shape."""
 
 class StopCause(_StopCause, metaclass=_StopCauseEnumTypeWrapper):
     """Why a tree stopped growing."""
@@ -73,6 +79,8 @@ STOP_CAUSE_DEADLINE: StopCause.ValueType  # 3
 """`TreeOptions.deadline_s` ran out; finished rollouts are kept."""
 STOP_CAUSE_TOKEN_BUDGET: StopCause.ValueType  # 4
 """`TreeOptions.max_generated_tokens` was reached; finished rollouts are kept."""
+STOP_CAUSE_MAX_TRAJECTORIES: StopCause.ValueType  # 5
+"""`TreeOptions.max_trajectories` was reached before the full shape."""
 Global___StopCause: _TypeAlias = StopCause  # noqa: Y015
 
 @_typing.final
@@ -85,6 +93,8 @@ class SamplingOptions(_message.Message):
     TOP_P_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Softmax temperature, > 0. Log-probabilities on the wire are at this temperature."""
     top_p: _builtins.float
@@ -93,6 +103,18 @@ class SamplingOptions(_message.Message):
     """Number of most likely tokens kept, >= 1; -1 keeps every token."""
     max_new_tokens: _builtins.int
     """Most generated tokens of one trajectory, counted from the prompt's end, >= 1."""
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts that end a trajectory, at most 16 of 1 to 256 characters each. Empty: the server's
+        default, none.
+        """
+
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids that end a trajectory besides the model's own, at most 64. Empty: the server's
+        default, none.
+        """
+
     def __init__(
         self,
         *,
@@ -100,10 +122,12 @@ class SamplingOptions(_message.Message):
         top_p: _builtins.float | None = ...,
         top_k: _builtins.int | None = ...,
         max_new_tokens: _builtins.int | None = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_new_tokens", b"max_new_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_new_tokens", b"max_new_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_new_tokens", b"max_new_tokens", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_new_tokens: _TypeAlias = _typing.Literal["max_new_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_new_tokens: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens"]  # noqa: Y015
@@ -143,6 +167,7 @@ class TreeOptions(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     MAX_GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_TRAJECTORIES_FIELD_NUMBER: _builtins.int
     strategy: _builtins.str
     """Name of a branching strategy: "ib", "ib_budget", "independent", "random", "fixed_width",
     "entropy", or one that is installed on the server.
@@ -171,6 +196,8 @@ class TreeOptions(_message.Message):
     """Seconds after which the tree ends with what it has, > 0. Absent: no limit of its own."""
     max_generated_tokens: _builtins.int
     """Generated tokens after which no rollout is started, >= 1. Absent: no limit."""
+    max_trajectories: _builtins.int
+    """Trajectories after which the tree ends although its shape holds more, >= 1. Absent: no limit."""
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions:
         """How tokens are drawn. Absent: the server's defaults."""
@@ -191,10 +218,11 @@ class TreeOptions(_message.Message):
         sampling: Global___SamplingOptions | None = ...,
         deadline_s: _builtins.float | None = ...,
         max_generated_tokens: _builtins.int | None = ...,
+        max_trajectories: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_branch_nodes", b"_branch_nodes", "_branch_rollouts", b"_branch_rollouts", "_confidence", b"_confidence", "_deadline_s", b"_deadline_s", "_init_rollouts", b"_init_rollouts", "_max_generated_tokens", b"_max_generated_tokens", "_rounds", b"_rounds", "_schedule", b"_schedule", "_strategy", b"_strategy", "_value_estimator", b"_value_estimator", "_zero_value_ratio", b"_zero_value_ratio", "beta", b"beta", "branch_nodes", b"branch_nodes", "branch_rollouts", b"branch_rollouts", "confidence", b"confidence", "deadline_s", b"deadline_s", "init_rollouts", b"init_rollouts", "max_generated_tokens", b"max_generated_tokens", "rounds", b"rounds", "sampling", b"sampling", "schedule", b"schedule", "strategy", b"strategy", "value_estimator", b"value_estimator", "zero_value_ratio", b"zero_value_ratio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_branch_nodes", b"_branch_nodes", "_branch_rollouts", b"_branch_rollouts", "_confidence", b"_confidence", "_deadline_s", b"_deadline_s", "_init_rollouts", b"_init_rollouts", "_max_generated_tokens", b"_max_generated_tokens", "_max_trajectories", b"_max_trajectories", "_rounds", b"_rounds", "_schedule", b"_schedule", "_strategy", b"_strategy", "_value_estimator", b"_value_estimator", "_zero_value_ratio", b"_zero_value_ratio", "beta", b"beta", "branch_nodes", b"branch_nodes", "branch_rollouts", b"branch_rollouts", "confidence", b"confidence", "deadline_s", b"deadline_s", "init_rollouts", b"init_rollouts", "max_generated_tokens", b"max_generated_tokens", "max_trajectories", b"max_trajectories", "rounds", b"rounds", "sampling", b"sampling", "schedule", b"schedule", "strategy", b"strategy", "value_estimator", b"value_estimator", "zero_value_ratio", b"zero_value_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_branch_nodes", b"_branch_nodes", "_branch_rollouts", b"_branch_rollouts", "_confidence", b"_confidence", "_deadline_s", b"_deadline_s", "_init_rollouts", b"_init_rollouts", "_max_generated_tokens", b"_max_generated_tokens", "_rounds", b"_rounds", "_schedule", b"_schedule", "_strategy", b"_strategy", "_value_estimator", b"_value_estimator", "_zero_value_ratio", b"_zero_value_ratio", "beta", b"beta", "branch_nodes", b"branch_nodes", "branch_rollouts", b"branch_rollouts", "confidence", b"confidence", "deadline_s", b"deadline_s", "init_rollouts", b"init_rollouts", "max_generated_tokens", b"max_generated_tokens", "rounds", b"rounds", "sampling", b"sampling", "schedule", b"schedule", "strategy", b"strategy", "value_estimator", b"value_estimator", "zero_value_ratio", b"zero_value_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_branch_nodes", b"_branch_nodes", "_branch_rollouts", b"_branch_rollouts", "_confidence", b"_confidence", "_deadline_s", b"_deadline_s", "_init_rollouts", b"_init_rollouts", "_max_generated_tokens", b"_max_generated_tokens", "_max_trajectories", b"_max_trajectories", "_rounds", b"_rounds", "_schedule", b"_schedule", "_strategy", b"_strategy", "_value_estimator", b"_value_estimator", "_zero_value_ratio", b"_zero_value_ratio", "beta", b"beta", "branch_nodes", b"branch_nodes", "branch_rollouts", b"branch_rollouts", "confidence", b"confidence", "deadline_s", b"deadline_s", "init_rollouts", b"init_rollouts", "max_generated_tokens", b"max_generated_tokens", "max_trajectories", b"max_trajectories", "rounds", b"rounds", "sampling", b"sampling", "schedule", b"schedule", "strategy", b"strategy", "value_estimator", b"value_estimator", "zero_value_ratio", b"zero_value_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
     _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
@@ -210,6 +238,8 @@ class TreeOptions(_message.Message):
     _WhichOneofArgType__init_rollouts: _TypeAlias = _typing.Literal["_init_rollouts", b"_init_rollouts"]  # noqa: Y015
     _WhichOneofReturnType__max_generated_tokens: _TypeAlias = _typing.Literal["max_generated_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_generated_tokens: _TypeAlias = _typing.Literal["_max_generated_tokens", b"_max_generated_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_trajectories: _TypeAlias = _typing.Literal["max_trajectories"]  # noqa: Y015
+    _WhichOneofArgType__max_trajectories: _TypeAlias = _typing.Literal["_max_trajectories", b"_max_trajectories"]  # noqa: Y015
     _WhichOneofReturnType__rounds: _TypeAlias = _typing.Literal["rounds"]  # noqa: Y015
     _WhichOneofArgType__rounds: _TypeAlias = _typing.Literal["_rounds", b"_rounds"]  # noqa: Y015
     _WhichOneofReturnType__schedule: _TypeAlias = _typing.Literal["schedule"]  # noqa: Y015
@@ -234,6 +264,8 @@ class TreeOptions(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__init_rollouts) -> _WhichOneofReturnType__init_rollouts | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_generated_tokens) -> _WhichOneofReturnType__max_generated_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_trajectories) -> _WhichOneofReturnType__max_trajectories | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rounds) -> _WhichOneofReturnType__rounds | None: ...
     @_typing.overload
@@ -331,6 +363,7 @@ class Tree(_message.Message):
     STOP_CAUSE_FIELD_NUMBER: _builtins.int
     ANSWER_FIELD_NUMBER: _builtins.int
     FIRST_ROUND_REWARD_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
     tree_id: _builtins.str
     """Id of the prompt (SubmitPrompts) or of the call (SampleTree)."""
     model_id: _builtins.str
@@ -409,6 +442,12 @@ class Tree(_message.Message):
     def ledger(self) -> Global___Ledger:
         """What the tree cost. Absent: unknown."""
 
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Text of each node's tokens, special tokens left out; a character that is split between nodes
+        is U+FFFD in both. Empty unless asked for.
+        """
+
     def __init__(
         self,
         *,
@@ -433,10 +472,11 @@ class Tree(_message.Message):
         stop_cause: Global___StopCause.ValueType = ...,
         answer: _builtins.str = ...,
         first_round_reward: _builtins.float | None = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_round_reward", b"_first_round_reward", "first_round_reward", b"first_round_reward", "ledger", b"ledger", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_round_reward", b"_first_round_reward", "answer", b"answer", "draws", b"draws", "ends", b"ends", "finish_reasons", b"finish_reasons", "first_round_reward", b"first_round_reward", "ib_scores", b"ib_scores", "ledger", b"ledger", "logprobs", b"logprobs", "model_id", b"model_id", "options", b"options", "parents", b"parents", "prompt_token_ids", b"prompt_token_ids", "reward_sums", b"reward_sums", "span_lengths", b"span_lengths", "span_versions", b"span_versions", "starts", b"starts", "stop_cause", b"stop_cause", "token_ids", b"token_ids", "token_offsets", b"token_offsets", "tree_id", b"tree_id", "visits", b"visits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_round_reward", b"_first_round_reward", "answer", b"answer", "draws", b"draws", "ends", b"ends", "finish_reasons", b"finish_reasons", "first_round_reward", b"first_round_reward", "ib_scores", b"ib_scores", "ledger", b"ledger", "logprobs", b"logprobs", "model_id", b"model_id", "options", b"options", "parents", b"parents", "prompt_token_ids", b"prompt_token_ids", "reward_sums", b"reward_sums", "span_lengths", b"span_lengths", "span_versions", b"span_versions", "starts", b"starts", "stop_cause", b"stop_cause", "texts", b"texts", "token_ids", b"token_ids", "token_offsets", b"token_offsets", "tree_id", b"tree_id", "visits", b"visits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_round_reward: _TypeAlias = _typing.Literal["first_round_reward"]  # noqa: Y015
     _WhichOneofArgType__first_round_reward: _TypeAlias = _typing.Literal["_first_round_reward", b"_first_round_reward"]  # noqa: Y015

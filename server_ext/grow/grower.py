@@ -32,16 +32,18 @@ class RolloutLostError(GrowthError):
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one request generated below its start node; `finish` is NONE if it was aborted."""
+    """What one request generated below its start node; `finish` is NONE if it was aborted.
+    `dropped_tokens` were generated after its end."""
 
     steps: Sequence[Step]
     finish: Finish
     prefix_tokens: int
     cached_tokens: int
+    dropped_tokens: int = 0
 
     @property
     def generated_tokens(self) -> int:
-        return sum(len(step.token_ids) for step in self.steps)
+        return sum(len(step.token_ids) for step in self.steps) + self.dropped_tokens
 
 
 class Sampler(Protocol):
@@ -52,6 +54,10 @@ class Sampler(Protocol):
 
     async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
         """Reward in [0, 1] of a finished trajectory, given all its generated ids."""
+
+    def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
+        """Rewards by end node that change now that the trajectory is in the tree and ends with
+        node `end`: for graders that compare trajectories."""
 
     def abort(self, tree: Tree) -> None:
         """Ends the tree's rollouts in flight early; `roll` returns them with finish NONE."""
@@ -68,7 +74,8 @@ class Grower:
         self._started = 0
         self._in_flight: dict[asyncio.Task[None], int] = {}
         """Where each began."""
-        self._first_rewards: list[float] = []
+        self._first_ends: list[int] = []
+        """Of the first round's rollouts."""
         self._aborting = False
         self._grades: dict[tuple[int, ...], asyncio.Task[float]] = {}
 
@@ -94,8 +101,9 @@ class Grower:
         tree.ledger.wall_s = time.monotonic() - began
         if not tree.trajectories:
             raise GrowthError(f"no rollout finished ({cause.name.lower()})")
-        if self._first_rewards:
-            tree.first_round_reward = sum(self._first_rewards) / len(self._first_rewards)
+        if self._first_ends:
+            rewards = [tree.reward(tree.alive(end)) for end in self._first_ends]
+            tree.first_round_reward = sum(rewards) / len(rewards)
         return tree
 
     def _cause(self, until: float | None) -> StopCause:
@@ -104,8 +112,10 @@ class Grower:
         limit = options.max_generated_tokens
         if until is not None and time.monotonic() >= until:
             return StopCause.DEADLINE
-        if self._started >= options.trajectories:
+        if self._started >= options.shape_trajectories:
             return StopCause.COMPLETE
+        if self._started >= options.trajectories:
+            return StopCause.MAX_TRAJECTORIES
         if limit is not None and self._tree.ledger.generated_tokens >= limit:
             return StopCause.TOKEN_BUDGET
         return StopCause.GROWING
@@ -115,7 +125,7 @@ class Grower:
         tree, options = self._tree, self._tree.options
         left = options.trajectories - self._started
         if not self._started:
-            return [0] * self._first
+            return [0] * min(self._first, left)
         if options.schedule == "rounds":
             if self._in_flight:
                 return []
@@ -163,18 +173,22 @@ class Grower:
                 raise RolloutLostError(f"the engine gave up a rollout of tree {tree.tree_id!r}")
             return
         below = tuple(t for step in rollout.steps for t in step.token_ids)
-        reward = await self._reward(tree.prefix(tree.alive(start)) + below)
+        token_ids = tree.prefix(tree.alive(start)) + below
+        reward = await self._reward(token_ids)
         start = tree.alive(start)
         end = tree.insert(start, rollout.steps, reward, rollout.finish)
+        rewards = self._sampler.regraded(tree, end, token_ids)
+        for node, anew in rewards.items():
+            tree.set_reward(node, anew)
         if number < self._first:
-            self._first_rewards.append(reward)
+            self._first_ends.append(end)
         self._emit(
             Expansion(
                 round=self._round(number),
                 start_node=start,
                 end_node=end,
                 generated_tokens=rollout.generated_tokens,
-                reward=reward,
+                reward=rewards.get(end, reward),
                 finish=rollout.finish,
                 trajectories=tree.trajectories,
                 target_trajectories=tree.options.trajectories,

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from ibtree.errors import FieldError
+from ibtree.messages import Submission
 
 
-@dataclass(frozen=True)
-class Submission:
-    """A finished trajectory as text, special tokens left out; `answer` is the reference answer."""
-
-    prompt: str
-    completion: str
-    answer: str
+class GraderUnavailableError(RuntimeError):
+    """Nobody could grade now (UNAVAILABLE): a reward of 0 would be a lie."""
 
 
 class Grader(Protocol):
     """Grades one trajectory."""
 
-    needs_answer: bool
+    def check(self, answer: str) -> None:
+        """Raises FieldError if a prompt with this reference answer cannot be graded."""
 
     async def grade(self, submission: Submission) -> float:
-        """Reward in [0, 1]. A grader that fails or takes too long gives 0, it never raises."""
+        """Reward in [0, 1]. A grade that fails or takes too long is 0; raises only if nobody
+        can grade (GraderUnavailableError, PreconditionError), which fails the tree."""
+
+
+@runtime_checkable
+class TreeGrader(Protocol):
+    """Grades the trajectories of a tree by each other, all of them anew whenever one is added."""
+
+    def check(self, answer: str) -> None:
+        """As of a Grader."""
+
+    def vote(self, submission: Submission) -> str:
+        """What the trajectory says, read once; empty: nothing."""
+
+    def rewards(self, votes: Sequence[tuple[str, int]]) -> list[float]:
+        """Rewards in [0, 1] of distinct trajectories, given what each says and how many rollouts
+        ended with it."""
 
 
 class Graders:
     """Graders by name."""
 
-    def __init__(self, graders: dict[str, Grader]) -> None:
+    def __init__(self, graders: dict[str, Grader | TreeGrader]) -> None:
         self._graders = graders
 
-    def named(self, name: str) -> Grader:
+    def named(self, name: str) -> Grader | TreeGrader:
         """Raises FieldError for an unknown name."""
         if name not in self._graders:
             raise FieldError("grader", f"unknown grader {name!r}", " | ".join(self._graders))
@@ -40,6 +53,11 @@ class Graders:
 
     def check(self, name: str, answer: str) -> None:
         """Raises FieldError if a prompt with this answer cannot be graded by the grader."""
-        if self.named(name).needs_answer and not answer.strip():
-            problem = f"missing, and the grader {name!r} needs one"
-            raise FieldError("answer", problem, "the reference answer as text")
+        self.named(name).check(answer)
+
+
+def check_given(answer: str, grader: str) -> None:
+    """Raises FieldError if the reference answer that the grader needs is missing."""
+    if not answer.strip():
+        problem = f"missing, and the grader {grader!r} needs one"
+        raise FieldError("answer", problem, "the reference answer as text")

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from server_ext.rewards.base import Submission
-
-
-def final_answer(completion: str, marker: str) -> str:
-    """The rest of the line after the last `marker`, stripped; empty if there is none."""
-    _, found, rest = completion.rpartition(marker)
-    return rest.strip().split("\n", 1)[0].strip() if found else ""
+from ibtree.messages import Submission
+from server_ext.rewards.answers import final_answer
+from server_ext.rewards.base import check_given
 
 
 class ExactGrader:
     """1 if the marked final answer is the reference answer to the letter, else 0."""
 
-    needs_answer = True
-
     def __init__(self, marker: str) -> None:
         self._marker = marker
+
+    def check(self, answer: str) -> None:
+        check_given(answer, "exact")
 
     async def grade(self, submission: Submission) -> float:
         expected = submission.answer.strip()

@@ -1,79 +1,76 @@
-"""The grader `math`: symbolic comparison by the math-verify library, in processes of its own.
-
-A formula can make sympy run for ever, so each grade has a time limit after which its process is
-killed and replaced.
-"""
+"""The grader `math`: symbolic comparison by the math-verify library, in the grading processes."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import multiprocessing
 import re
-from concurrent.futures import TimeoutError as FutureTimeout
+from functools import lru_cache
+from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
-
-from server_ext.rewards.base import Submission
-from server_ext.rewards.exact import final_answer
+from ibtree.errors import FieldError
+from ibtree.messages import Submission
+from server_ext.rewards.answers import TAIL_CHARACTERS, boxed_answer, final_answer, same_number
+from server_ext.rewards.base import check_given
+from server_ext.rewards.pool import GradingPool
 
 _PROSE = re.compile(r"\b[A-Za-z]{3,}")
-_NUMBER = re.compile(r"[-+]?\d+([ ,]\d{3})*(\.\d+)?( \d+/\d+)?")
-_log = logging.getLogger(__name__)
+_NUMBER = re.compile(r"-?\d+([ ,]\d{3})*(\.\d+)?")
+_MIXED = re.compile(r"([-+]?\d+) (\d+)/(\d+)")
 
-
-def verify_math(completion: str, answer: str, marker: str) -> float:
-    """1.0 if the completion's final answer is mathematically equal to the reference, else 0.0.
-
-    The final answer is the text after the last marker, else what math-verify finds (a \\boxed{}
-    or the last formula or number). The library's own timers need a main thread: switched off.
-    """
-    from math_verify import parse, verify
-
-    marked = final_answer(completion, marker)
-    gold = parse(_as_formula(answer), parsing_timeout=None)
-    found = parse(_as_formula(marked) if marked else completion, parsing_timeout=None)
-    return float(verify(gold, found, timeout_seconds=None))
-
-
-def _as_formula(answer: str) -> str:
-    """Bare LaTeX is only read as a whole between dollars; outside, just its last number is.
-    That is what is wanted of prose ("18 dollars"), and of plain numbers ("1 000")."""
-    prose = "\\" not in answer and _PROSE.search(answer)
-    as_it_is = prose or "$" in answer or "\\boxed" in answer or _NUMBER.fullmatch(answer.strip())
-    return answer if as_it_is else f"${answer}$"
-
-
-def _load_library() -> None:
-    """Seconds of imports that must not count as a grade's."""
-    import math_verify  # noqa: F401
+_MOST_CHARACTERS = 2_000
+"""Of a reference answer."""
 
 
 class MathGrader:
-    """math-verify in `workers` processes; a hung or crashed grade costs one time limit."""
+    """1 if the final answer is mathematically equal to the reference, else 0.
 
-    needs_answer = True
+    The final answer is the text after the last marker, else the only \\boxed{}, else what
+    math-verify finds. Numbers written plainly are compared here, without a process.
+    """
 
-    def __init__(self, workers: int, timeout_s: float, marker: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(
-            max_workers=workers, max_tasks=2000, initializer=_load_library, context=context
-        )
-        self._timeout_s, self._marker = timeout_s, marker
+    def __init__(self, pool: GradingPool, marker: str) -> None:
+        self._pool, self._marker = pool, marker
+
+    def check(self, answer: str) -> None:
+        check_given(answer, "math")
+        if len(answer) > _MOST_CHARACTERS:
+            problem = f"{len(answer)} characters"
+            raise FieldError("answer", problem, f"at most {_MOST_CHARACTERS} for the grader 'math'")
 
     async def grade(self, submission: Submission) -> float:
-        arguments = [submission.completion, submission.answer, self._marker]
-        future = self._pool.schedule(verify_math, args=arguments, timeout=self._timeout_s)
-        try:
-            return await asyncio.wrap_future(future)
-        except (FutureTimeout, TimeoutError):
-            _log.warning("math: a grade took more than %s s and counts as 0", self._timeout_s)
-        except ProcessExpired as error:
-            _log.warning("math: a grading process died (%s); the grade counts as 0", error)
-        except Exception as error:  # whatever sympy raises on odd input is a wrong answer
-            _log.warning("math: %s: %s; the grade counts as 0", type(error).__name__, error)
-        return 0.0
+        completion, answer = submission.completion, submission.answer
+        marked = final_answer(completion, self._marker)
+        boxed = boxed_answer(completion) if completion.count(r"\boxed") == 1 else ""
+        equal = same_number(marked or boxed or completion, answer)
+        if equal is not None:
+            return float(equal)
+        found = as_formula(marked) if marked else rf"\boxed{{{boxed}}}" if boxed else completion
+        text = found[-TAIL_CHARACTERS:]
+        return await self._pool.grade("math", verify_math, text, as_formula(answer))
 
-    def close(self) -> None:
-        self._pool.stop()
-        self._pool.join()
+
+def as_formula(answer: str) -> str:
+    """Bare LaTeX is only read as a whole between dollars; outside, just its last number is.
+    That is what is wanted of prose ("18 dollars"), and of plain numbers ("1 000")."""
+    answer = answer.strip()
+    if mixed := _MIXED.fullmatch(answer):
+        whole, above, below = mixed.groups()
+        return rf"${whole}\frac{{{above}}}{{{below}}}$"
+    prose = "\\" not in answer and _PROSE.search(answer)
+    as_it_is = prose or "$" in answer or "\\boxed" in answer or _NUMBER.fullmatch(answer)
+    return answer if as_it_is else f"${answer}$"
+
+
+def verify_math(text: str, answer: str) -> float:
+    """1.0 if what math-verify finds in the text equals what it finds in the reference, else 0.0.
+    The library's own timers need a main thread: switched off."""
+    from math_verify import verify
+
+    return float(verify(_parsed(answer), _parsed(text), timeout_seconds=None))
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """Trajectories of a tree have one reference and few final answers."""
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=None)

@@ -7,9 +7,16 @@ from typing import Any
 
 import grpc
 
-from ibtree.errors import ConflictError, FieldError, PreconditionError, UnknownLeaseError
+from ibtree.errors import (
+    BusyError,
+    ConflictError,
+    FieldError,
+    PreconditionError,
+    UnknownLeaseError,
+)
 from server_ext.engine import EngineError
 from server_ext.grow.grower import GrowthError, RolloutLostError
+from server_ext.rewards.base import GraderUnavailableError
 from server_ext.tree_cache import NoReplyError
 
 _log = logging.getLogger(__name__)
@@ -19,9 +26,11 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     PreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
     ConflictError: grpc.StatusCode.ALREADY_EXISTS,
     UnknownLeaseError: grpc.StatusCode.NOT_FOUND,
+    BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     RolloutLostError: grpc.StatusCode.UNAVAILABLE,
     GrowthError: grpc.StatusCode.DEADLINE_EXCEEDED,
     EngineError: grpc.StatusCode.UNAVAILABLE,
+    GraderUnavailableError: grpc.StatusCode.UNAVAILABLE,
     NoReplyError: grpc.StatusCode.UNAVAILABLE,
 }
 
@@ -29,6 +38,13 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
 def _short(text: str) -> str:
     """Details travel as metadata, whose size gRPC limits; input may be quoted in them."""
     return text if len(text) <= _MOST_DETAILS else f"{text[:1200]} … {text[-400:]}"
+
+
+def _hint(error: Exception) -> tuple[tuple[str, str], ...]:
+    """gRPC's own trailing metadata for "come back later"."""
+    if not isinstance(error, BusyError):
+        return ()
+    return (("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))),)
 
 
 class reported:
@@ -45,7 +61,7 @@ class reported:
             return
         for known, code in _CODES.items():
             if isinstance(error, known):
-                await self._context.abort(code, _short(str(error)))
+                await self._context.abort(code, _short(str(error)), _hint(error))
         _log.error("a call failed", exc_info=error)
         await self._context.abort(
             grpc.StatusCode.INTERNAL, _short(f"{type(error).__name__}: {error}")

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
-from ibtree.errors import FieldError
+from ibtree.errors import BusyError, FieldError
 from ibtree.tree import Tree
 from ibtree.v1 import sampling_pb2 as pb
 from ibtree.v1 import sampling_pb2_grpc
 from ibtree.wire import tree_to_proto
 from ibtree.wire_calls import expansion_to_proto, prompt_from_proto
-from server_ext.forest import Forest, Job
-from server_ext.journal import Journal
+from server_ext.forest import Forest
+from server_ext.journal import Journal, QueueFullError
 from server_ext.producer import JournalThread, Producer
+from server_ext.sampler import Job
 from server_ext.services.errors import reported
 
 _MAX_PROMPTS = 10_000
@@ -24,8 +26,11 @@ _MAX_PROMPTS = 10_000
 class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
     """See protos/ibtree/v1/sampling.proto."""
 
-    def __init__(self, forest: Forest, journal: JournalThread, producer: Producer) -> None:
+    def __init__(
+        self, forest: Forest, journal: JournalThread, producer: Producer, max_queued: int
+    ) -> None:
         self._forest, self._journal, self._producer = forest, journal, producer
+        self._max_queued = max_queued
         self.interactive = 0
         """Trees growing for SampleTree calls now."""
 
@@ -34,6 +39,7 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
     ) -> AsyncIterator[pb.SampleTreeResponse]:
         async with reported(context):
             job = self._forest.check(prompt_from_proto(request.prompt, self._forest.defaults))
+            job = replace(job, include_text=request.include_text, urgent=True)
             async for message in self._events(job):
                 yield message
 
@@ -42,7 +48,7 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         events: asyncio.Queue[pb.SampleTreeResponse | None] = asyncio.Queue()
 
         async def grow() -> Tree:
-            async with self._forest.places:
+            async with self._forest.calls.place():
                 return await self._forest.grow(
                     job,
                     lambda e: events.put_nowait(
@@ -57,7 +63,8 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         try:
             while (event := await events.get()) is not None:
                 yield event
-            yield pb.SampleTreeResponse(tree=tree_to_proto(growth.result()))
+            text = self._forest.text if job.include_text else None
+            yield pb.SampleTreeResponse(tree=tree_to_proto(growth.result(), text))
         finally:  # also when the caller cancels: its rollouts are aborted
             self.interactive -= 1
             growth.cancel()
@@ -67,9 +74,9 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         self, request: pb.SubmitPromptsRequest, context: Any
     ) -> pb.SubmitPromptsResponse:
         async with reported(context):
-            if not 1 <= len(request.prompts) <= _MAX_PROMPTS:
-                problem = f"got {len(request.prompts)}"
-                raise FieldError("prompts", problem, f"1 to {_MAX_PROMPTS} a call")
+            most = min(_MAX_PROMPTS, self._max_queued)
+            if not 1 <= len(request.prompts) <= most:
+                raise FieldError("prompts", f"got {len(request.prompts)}", f"1 to {most} a call")
             rows, seen = [], set()
             for i, message in enumerate(request.prompts):
                 if not message.id or message.id in seen:
@@ -82,6 +89,9 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
                     where = f"prompts[{i}]: {error.field}"
                     raise FieldError(where, error.problem, error.allowed) from error
                 rows.append((message.id, message.SerializeToString(deterministic=True)))
-            accepted, known = await self._journal(Journal.submit, rows)
+            try:
+                accepted, known = await self._journal(Journal.submit, rows, self._max_queued)
+            except QueueFullError as error:
+                raise BusyError(str(error), self._forest.pace.expected_s(error.excess)) from error
             self._producer.notify()
             return pb.SubmitPromptsResponse(accepted=accepted, known=known)

@@ -187,7 +187,8 @@ def test_folders_are_where_volumes_are(manifests, resolve):
         assert mount and not mount.get("readOnly")
         assert "persistentVolumeClaim" in volumes(workload)[mount["name"]]
     read = [(manifests.server, server.model), (manifests.learner, learner.model)]
-    read += [(manifests.learner, p) for p in (learner.prompts, learner.eval_prompts) if p]
+    files = [Path(p) for p in (learner.prompts, learner.eval_prompts) if p]
+    read += [(manifests.learner, p) for p in files]
     for workload, path in read:
         container = main_container(workload)
         mount = mount_of(container, path)
@@ -215,7 +216,7 @@ def test_the_prompts_are_made(resolve, tmp_path):
         timeout=120,
     )
     train, held_out = (
-        {question.prompt for question in read_questions(tmp_path / path.name)}
+        {question.prompt for question in read_questions(tmp_path / Path(path).name)}
         for path in (learner.prompts, learner.eval_prompts)
     )
     assert len(train) >= learner.prompts_per_step

@@ -1,4 +1,5 @@
-"""A server without an engine: the real queue, journal and weights over gRPC, recorded trees.
+"""A server without an engine: the real queue, journal, producer and weights over gRPC, and
+recorded trees.
 
 It runs on a thread of the test's process; the learner is a process of its own.
 """
@@ -35,7 +36,6 @@ from learner.__main__ import main
 from server_ext.journal import Journal
 from server_ext.producer import JournalThread, Producer
 from server_ext.services.queue import QueueService
-from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
 from server_ext.weights.store import WeightStore
 from server_ext.weights.updater import WeightUpdater
@@ -81,7 +81,7 @@ class RecordedForest:
     `rewards` gives the served weight version."""
 
     def __init__(self, recording: list[Tree], seed: int, served: Callable[[], int]) -> None:
-        self.defaults, self.places = TreeOptions(), asyncio.Semaphore(4)
+        self.places = asyncio.Semaphore(4)
         self._recording, self._rng, self._served = recording, random.Random(seed), served
         self.rewards: dict[int, float] = {}
 
@@ -95,6 +95,23 @@ class RecordedForest:
         tree.tree_id = prompt.id
         await asyncio.sleep(self._rng.uniform(0, 0.03))
         return tree
+
+
+class RecordedSampling(sampling_pb2_grpc.TreeSamplingServiceServicer):
+    """In the place of server_ext.services.sampling.SamplingService, whose checks need an engine."""
+
+    def __init__(self, forest: RecordedForest, journal: JournalThread, producer: Producer) -> None:
+        self._forest, self._journal, self._producer = forest, journal, producer
+
+    async def SampleTree(self, request: Any, context: Any) -> Any:
+        tree = await self._forest.grow(prompt_from_proto(request.prompt, TreeOptions()))
+        yield sampling_pb2.SampleTreeResponse(tree=tree_to_proto(tree))
+
+    async def SubmitPrompts(self, request: Any, context: Any) -> Any:
+        prompts = [(p.id, p.SerializeToString(deterministic=True)) for p in request.prompts]
+        accepted, known = await self._journal(Journal.submit, prompts)
+        self._producer.notify()
+        return sampling_pb2.SubmitPromptsResponse(accepted=accepted, known=known)
 
 
 class _Calls(grpc.aio.ServerInterceptor):
@@ -182,9 +199,9 @@ class RecordedServer:
             self._encode,
         )
         server = grpc.aio.server(interceptors=[self._calls])
-        sampling = SamplingService(self.forest, self._journal, producer)  # type: ignore[arg-type]
+        sampling = RecordedSampling(self.forest, self._journal, producer)
         sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, server)
-        queue = QueueService(self._journal, producer, 60.0, lambda: sampling.interactive)
+        queue = QueueService(self._journal, producer, 60.0, lambda: 0)
         queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, server)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsService(self.updater), server)
         self.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

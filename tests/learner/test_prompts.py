@@ -8,7 +8,8 @@ import pytest
 
 from ibtree.errors import FieldError
 from ibtree.questions import Question, read_questions
-from learner.prompts import PromptStream
+from learner.prompts import PromptStream, questions_of
+from tests.learner.tiny import config
 
 
 def write(folder, *lines: str | bytes):
@@ -83,6 +84,19 @@ def test_a_missing_file_is_named(tmp_path):
     assert "none.jsonl" in str(caught.value)
     with pytest.raises(FieldError, match="prompts: no file"):
         read_questions(tmp_path)
+
+
+def test_the_place_in_an_error_is_left_as_it_is():
+    error = FieldError("prompts /some_data/a_b.jsonl:3", "no text", "text")
+    assert error.as_option() == "--prompts /some_data/a_b.jsonl:3: no text; allowed: text"
+    assert FieldError("out_dir", "p", "a").as_option() == "--out-dir: p; allowed: a"
+
+
+def test_a_run_reads_both_of_its_files_by_its_fields(tmp_path):
+    path = write(tmp_path, '{"task": "1 + 1", "gold": 2, "prompt": "no"}')
+    named = {"prompt_field": "task", "answer_field": "gold", "prompt_template": "{prompt} ="}
+    assert questions_of(str(path), config(**named)) == [Question("1 + 1 =", "2")]
+    assert questions_of(str(path), config()) == [Question("no", "")]
 
 
 QUESTIONS = [Question(f"q{i}", json.dumps(i)) for i in range(11)]

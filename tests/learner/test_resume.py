@@ -67,8 +67,8 @@ def test_killed_and_straight_are_the_same_run(tmp_path: Path) -> None:
         killed, kills = Learner(server, model, *OPTIONS), 0
         while kills < KILLS:
             process = killed.start()
-            calls = rng.randint(1, 10 * STEPS // (KILLS + 1))
-            server.after_calls(calls, rng.uniform(0, 0.1), process.kill)
+            calls = rng.randint(1, 6 * STEPS // (KILLS + 1))  # a step makes at least 7
+            server.after_calls(calls, rng.uniform(0, 0.05), process.kill)
             kills += process.wait(240) == -9
             assert process.returncode in (0, -9), killed.log.read_text()
             assert process.returncode, "it ended before it was killed: kill it earlier"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ibtree.messages import CacheState
+from ibtree.messages import CacheState, Chat
 from ibtree.options import SamplingOptions
 from ibtree.tree import Finish
 from server_ext.engine import Completion, DrainTimeout, Score
@@ -45,6 +45,9 @@ class ToyTokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
+
+    def encode_chat(self, chat: Chat) -> tuple[int, ...]:
+        return self.encode("".join(f"[{turn.role}]{turn.content}" for turn in chat.messages))
 
     def decode(self, token_ids: Sequence[int], *, special: bool = True) -> str:
         eos = b"<eos>" if special else b""

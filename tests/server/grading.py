@@ -1,4 +1,4 @@
-"""Stand-ins for `verify_math` that a grading process can import."""
+"""Functions that a grading process can import."""
 
 from __future__ import annotations
 
@@ -7,18 +7,41 @@ import sys
 import time
 
 
-def misbehaving(completion: str, answer: str, marker: str) -> float:
-    """Does what the completion says; right answers are graded without math-verify."""
-    if completion == "hang":
-        time.sleep(60)
-    if completion == "die":
-        os._exit(3)
-    if completion == "raise":
-        raise RuntimeError("odd input")
-    if completion == "recurse":
-        return misbehaving(completion, answer, marker)
-    return float(completion == answer)
+class OddError(Exception):
+    """Pickles, and cannot be unpickled."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(one)
 
 
-def library_is_loaded(completion: str, answer: str, marker: str) -> float:
+def misbehaving(how: str, text: str = "", answer: str = "") -> float:
+    """Does as it is told; else grades by equality."""
+    match how:
+        case "hang":
+            time.sleep(60)
+        case "die":
+            os._exit(3)
+        case "leave":
+            sys.exit(0)
+        case "raise":
+            raise OddError("odd", "input")
+        case "recurse":
+            return misbehaving(how)
+        case "nan":
+            return float("nan")
+        case "words":
+            return "seven"  # type: ignore[return-value]
+        case "two":
+            return 2.0
+        case "negative":
+            return -0.1
+    return float(text == answer)
+
+
+def library_is_loaded() -> float:
     return float("math_verify" in sys.modules)
+
+
+def own_pid() -> float:
+    """As a fraction, since a reward is at most 1."""
+    return os.getpid() / 2**32

@@ -24,6 +24,7 @@ from ibtree.wire_calls import prompt_from_proto
 from server_ext.audit import Auditor
 from server_ext.forest import Forest
 from server_ext.journal import Journal
+from server_ext.limits import Limits
 from server_ext.producer import JournalThread, Producer
 from server_ext.rewards.base import Graders
 from server_ext.rewards.exact import ExactGrader
@@ -40,8 +41,8 @@ DEFAULTS = TreeOptions(
 CONTEXT, MAX_TRAJECTORIES = 512, 40
 
 
-def prompt(text: str = "What?", id: str = "", **options: Any) -> Prompt:
-    return Prompt(text, id, "1", "", changed(DEFAULTS, **options) if options else None)
+def prompt(text: str = "What?", id: str = "", grader: str = "", **options: Any) -> Prompt:
+    return Prompt(text, id, "1", grader, changed(DEFAULTS, **options) if options else None)
 
 
 class Site:
@@ -57,12 +58,15 @@ class Site:
             self.engine,
             self.tokenizer,
             self.tokenizer.segmenter("\n\n"),
-            Graders({"exact": ExactGrader("####")}),
+            Graders({"exact": ExactGrader("####"), **limits.get("graders", {})}),
             model_id=MODEL_ID,
             defaults=DEFAULTS,
             default_grader="exact",
-            max_trajectories=MAX_TRAJECTORIES,
+            limits=limits.get("limits", Limits(MAX_TRAJECTORIES)),
             max_open_trees=limits.get("max_open_trees", 4),
+            max_calls=limits.get("max_calls", 4),
+            max_waiting_calls=limits.get("max_waiting_calls", 100),
+            max_rollouts=limits.get("max_rollouts", 64),
             cache_tokens=limits.get("cache_tokens", 1_000_000),
         )
         self.producer = Producer(
@@ -71,7 +75,8 @@ class Site:
             lambda data: prompt_from_proto(sampling_pb2.Prompt.FromString(data), DEFAULTS),
             lambda tree: tree_to_proto(tree).SerializeToString(),
         )
-        self.sampling = SamplingService(self.forest, self.journal, self.producer)
+        max_queued = limits.get("max_queued", 20_000)
+        self.sampling = SamplingService(self.forest, self.journal, self.producer, max_queued)
 
     async def __aenter__(self) -> Self:
         self.server = grpc.aio.server(options=[("grpc.max_receive_message_length", 2**26)])

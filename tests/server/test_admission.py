@@ -10,9 +10,12 @@ import pytest
 from server_ext.admission import Admission
 
 
-async def opened(admission: Admission, stack: AsyncExitStack, most: int = 100) -> asyncio.Task:
+async def opened(
+    admission: Admission, stack: AsyncExitStack, most: int = 100, urgent: bool = False
+) -> asyncio.Task:
     """A tree with a prompt of 10 tokens that waits for its place, or has it."""
-    task = asyncio.create_task(stack.enter_async_context(admission.place(10, most)))
+    place = admission.place(10, most, urgent=urgent)
+    task = asyncio.create_task(stack.enter_async_context(place))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     return task
@@ -83,3 +86,15 @@ async def test_what_trees_keep_is_learnt(kept):
                 admission.ended(place, kept)
         places = [await opened(admission, stack) for _ in range(101)]
         assert sum(place.done() for place in places) == 1000 // (10 + kept)
+
+
+async def test_urgent_trees_wait_before_the_others():
+    admission = Admission(120)
+    async with AsyncExitStack() as stack, AsyncExitStack() as first:
+        await opened(admission, first)
+        queued = await opened(admission, stack)
+        urgent = await opened(admission, stack, urgent=True)
+        await first.aclose()
+        await asyncio.wait_for(urgent, 1)
+        assert not queued.done()
+        queued.cancel()

@@ -52,6 +52,11 @@ def token_ids(*ids: int) -> Callable[[sampling_pb2.Prompt], None]:
     return field(token_ids=sampling_pb2.TokenIds(ids=ids))
 
 
+def chat(*turns: tuple[str, str]) -> Callable[[sampling_pb2.Prompt], None]:
+    messages = [sampling_pb2.ChatMessage(role=role, content=text) for role, text in turns]
+    return lambda prompt: prompt.chat.CopyFrom(sampling_pb2.Chat(messages=messages))
+
+
 MOST_TOKENS = CONTEXT - DEFAULTS.sampling.max_new_tokens - 1
 BAD_PROMPTS: dict[str, tuple[Callable[[sampling_pb2.Prompt], Any], tuple[str, ...]]] = {
     "no content": (lambda p: p.ClearField("text"), ("prompt: empty",)),
@@ -61,6 +66,13 @@ BAD_PROMPTS: dict[str, tuple[Callable[[sampling_pb2.Prompt], Any], tuple[str, ..
     "far outside": (token_ids(2**32 - 1), ("prompt.token_ids", "4294967295")),
     "too long": (field(text="x" * (MOST_TOKENS + 1)), ("prompt: ", f"at most {MOST_TOKENS}")),
     "no room": (sampling(max_new_tokens=CONTEXT), ("max_new_tokens",)),
+    "no messages": (chat(), ("prompt.chat.messages", "at least one")),
+    "no role": (chat(("user", "What?"), ("", "x")), ("prompt.chat.messages[1].role",)),
+    "stop": (sampling(stop=["", "x"]), ("sampling.stop: characters", "[1, 256]")),
+    "stops": (sampling(stop=["x"] * 17), ("sampling.stop: texts", "got 17")),
+    "stop ids": (sampling(stop_token_ids=[1] * 65), ("sampling.stop_token_ids", "got 65")),
+    "stop id": (sampling(stop_token_ids=[263]), ("sampling.stop_token_ids", "263", "0 to 262")),
+    "max_trajectories": (options(max_trajectories=0), ("max_trajectories",)),
     "long id": (field(id="x" * 257), ("prompt.id", "256")),
     "no answer": (lambda p: p.ClearField("answer"), ("answer", "'exact'")),
     "blank answer": (lambda p: setattr(p, "answer", " \n"), ("answer",)),

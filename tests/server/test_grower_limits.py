@@ -45,6 +45,17 @@ async def test_the_token_budget_stops_new_rounds(budget):
         assert 4 <= tree.trajectories < 12
 
 
+@pytest.mark.parametrize(("limit", "shape_holds"), [(1, 12), (4, 12), (7, 12), (12, 12), (99, 12)])
+@pytest.mark.parametrize("schedule", ["rounds", "eager"])
+async def test_the_trajectory_limit_ends_the_tree(limit, shape_holds, schedule):
+    growth = Growth(Process(), shape(4, 5, 2, 1, max_trajectories=limit, schedule=schedule))
+    tree = await growth.grow()
+    assert tree.trajectories == min(limit, shape_holds) == len(growth.process.started)
+    whole = limit >= shape_holds
+    assert tree.stop_cause is (StopCause.COMPLETE if whole else StopCause.MAX_TRAJECTORIES)
+    assert {event.target_trajectories for event in growth.expansions} == {tree.trajectories}
+
+
 async def test_the_deadline_keeps_what_finished_and_counts_what_did_not():
     growth = Growth(Process(), shape(6, 9, 1, 1, deadline_s=0.1))
     growth.process.hangs = {1, 4}

@@ -24,7 +24,7 @@ from tests.server.versions import MODEL_ID
 
 @pytest.fixture
 async def site(tmp_path):
-    async with Site(tmp_path, max_open_trees=2) as site:
+    async with Site(tmp_path, max_calls=2) as site:
         yield site
 
 
@@ -139,7 +139,7 @@ async def test_cancelling_aborts_the_rollouts_and_frees_the_place(site):
         call.cancel()
         await until(lambda: not site.engine.running)
         await until(lambda: site.sampling.interactive == 0)
-    assert site.forest.places._value == 2
+    assert site.forest.calls.growing == 0
     site.engine.go_on.set()
     await site.still_serves()
 
@@ -155,7 +155,7 @@ async def test_cancelling_in_the_middle_of_the_stream(site):
     await until(lambda: site.engine.running)
     await stream.aclose()
     await until(lambda: not site.engine.running and not site.sampling.interactive)
-    await until(lambda: site.forest.places._value == 2)
+    await until(lambda: site.forest.calls.growing == 0)
     site.engine.go_on.set()
     await site.still_serves()
 

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ibtree.errors import FieldError
+from ibtree.messages import Chat, ChatMessage
 from server_ext.grow.segment import Segmenter
 from server_ext.text import Tokenizer as ModelTokenizer
 
@@ -116,3 +117,25 @@ def test_a_separator_the_tokenizer_cannot_make_is_refused(tmp_path):
     with pytest.raises(FieldError, match="cannot make") as caught:
         ModelTokenizer(saved(tmp_path, made)).segmenter("\n\n")
     assert caught.value.field == "separator"
+
+
+TEMPLATE = (
+    "{% for turn in messages %}{% if turn.role == 'judge' %}{{ raise_exception('no judges') }}"
+    "{% endif %}[{{ turn.role }}]{{ turn.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_chat_goes_through_the_models_template(tmp_path):
+    tokenizer = ModelTokenizer(saved(tmp_path, byte_level()))
+    chat = Chat((ChatMessage("system", "Sum."), ChatMessage("user", "1+1?\n\n")))
+    with pytest.raises(FieldError, match=r"prompt\.chat: the model has no chat template"):
+        tokenizer.encode_chat(chat)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = ModelTokenizer(tmp_path)
+    token_ids = tokenizer.encode_chat(chat)
+    expected = "[system]Sum.<eos>[user]1+1?\n\n<eos>[assistant]"
+    assert tokenizer.decode(token_ids) == expected
+    assert token_ids.count(tokenizer.encode("<eos>")[0]) == 2, "special tokens, not their letters"
+    with pytest.raises(FieldError, match=r"prompt\.chat: rejected .* no judges"):
+        tokenizer.encode_chat(Chat((ChatMessage("judge", "x"),)))

@@ -117,11 +117,38 @@ def test_absent_options_take_the_defaults():
     given = pb.TreeOptions(rounds=1, sampling=pb.SamplingOptions(temperature=1.5))
     expected = changed(defaults, rounds=1, temperature=1.5)
     assert options_from_proto(given, defaults) == expected
-    full = changed(expected, strategy="independent", max_generated_tokens=7)
+    full = changed(
+        expected,
+        strategy="independent",
+        max_generated_tokens=7,
+        max_trajectories=5,
+        stop=("END", "é\n"),
+        stop_token_ids=(0, 7),
+    )
     assert options_from_proto(options_to_proto(full), TreeOptions()) == full
     message = tree_to_proto(Tree(prompt=(), options=full))
     message.ClearField("options")
     assert tree_from_proto(message).options == TreeOptions()
+
+
+def test_a_mapping_sends_its_options_alone():
+    message = options_to_proto({"rounds": 3, "top_k": -1, "stop_token_ids": [5], "beta": 5.0})
+    assert {f.name for f, _ in message.ListFields()} == {"rounds", "beta", "sampling"}
+    assert {f.name for f, _ in message.sampling.ListFields()} == {"top_k", "stop_token_ids"}
+    defaults = TreeOptions(rounds=7, init_rollouts=2, beta=1.0)
+    found = options_from_proto(message, defaults)
+    assert found == changed(defaults, rounds=3, beta=5.0, top_k=-1, stop_token_ids=(5,))
+    assert options_to_proto({}) == pb.TreeOptions(sampling=pb.SamplingOptions())
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [({"round": 3}, "round"), ({"top_p": 2.0}, "sampling.top_p"), ({"sampling": 1}, "sampling")],
+)
+def test_a_mapping_of_bad_options_is_refused(given, field):
+    with pytest.raises(FieldError) as caught:
+        options_to_proto(given)
+    assert caught.value.field == field
 
 
 @pytest.mark.parametrize(
@@ -149,6 +176,8 @@ def test_absent_options_take_the_defaults():
         ("deadline_s", 0.0, "(0.0, "),
         ("deadline_s", math.nan, "(0.0, "),
         ("max_generated_tokens", 0, "[1, "),
+        ("max_trajectories", 0, "[1, "),
+        ("max_trajectories", -1, "[1, "),
     ],
 )
 def test_options_out_of_range_name_field_and_range(field, value, allowed):
@@ -163,6 +192,31 @@ def test_options_out_of_range_name_field_and_range(field, value, allowed):
     tree.options.CopyFrom(message)
     with pytest.raises(FieldError, match=name):
         tree_from_proto(tree)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "words"),
+    [
+        (pb.SamplingOptions(stop=[""]), "sampling.stop: characters"),
+        (pb.SamplingOptions(stop=["x" * 257]), "sampling.stop: characters"),
+        (pb.SamplingOptions(stop=["x"] * 17), "sampling.stop: texts"),
+        (pb.SamplingOptions(stop_token_ids=[1] * 65), "sampling.stop_token_ids"),
+    ],
+)
+def test_stops_out_of_range(sampling, words):
+    with pytest.raises(FieldError, match=words):
+        options_from_proto(pb.TreeOptions(sampling=sampling), TreeOptions())
+
+
+def test_step_texts_travel_when_asked_for():
+    tree = Pair().grow([(0, [(1, 2), (0,)]), (0, [(1, 1)])]).fast
+    assert not tree_to_proto(tree).texts
+    message = tree_to_proto(tree, text=lambda ids: f"{len(ids)} tokens")
+    texts = tree_from_proto(message).texts
+    assert texts == [f"{len(step.token_ids)} tokens" for step in tree.steps]
+    del message.texts[-1]
+    with pytest.raises(FieldError, match=r"tree\.texts"):
+        tree_from_proto(message)
 
 
 def test_serialising_leaves_the_tree_alone():
