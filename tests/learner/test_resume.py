@@ -62,18 +62,18 @@ def test_killed_and_straight_are_the_same_run(tmp_path: Path) -> None:
         RecordedServer(tmp_path / "straight", model, recording, seed=1) as quiet,
         RecordedServer(tmp_path / "killed", model, recording, seed=2) as server,
     ):
-        straight = Learner(quiet, model, *OPTIONS)
+        straight, killed = Learner(quiet, model, *OPTIONS), Learner(server, model, *OPTIONS)
         beside = straight.start()
-        killed, kills = Learner(server, model, *OPTIONS), 0
-        while kills < KILLS:
-            process = killed.start()
-            calls = rng.randint(1, 6 * STEPS // (KILLS + 1))  # a step makes at least 7
-            server.after_calls(calls, rng.uniform(0, 0.05), process.kill)
-            kills += process.wait(240) == -9
-            assert process.returncode in (0, -9), killed.log.read_text()
-            assert process.returncode, "it ended before it was killed: kill it earlier"
-        assert killed.run().code == 0, killed.log.read_text()
-        assert beside.wait(240) == 0, straight.log.read_text()
+        try:
+            for _ in range(KILLS):
+                process = killed.start()
+                calls = rng.randint(1, 6 * STEPS // (KILLS + 1))  # a step makes at least 7
+                server.after_calls(calls, rng.uniform(0, 0.05), process.kill)
+                assert process.wait(240) == -9, killed.log.read_text()
+            assert killed.run().code == 0, killed.log.read_text()
+            assert beside.wait(240) == 0, straight.log.read_text()
+        finally:
+            beside.kill()
         for one in (quiet, server):
             states = one.trees()
             done = {f"{RUN_ID}/{n}" for n in range(STEPS * PER_STEP)}
