@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from dataclasses import replace
@@ -12,9 +11,9 @@ import torch
 from torch import nn
 
 from ibtree.tree import Tree
-from learner.batch import Row, batch_rows, pad, share_out, split_rows, tree_rows
+from learner.batch import pad, share_out, split_rows, tree_rows
 from learner.math.schedule import learning_rate
-from learner.trainer import StepFigures, Trainer
+from learner.trainer import Trainer
 from tests.learner.tiny import (
     CPU,
     Bigram,
@@ -182,38 +181,30 @@ def test_a_bad_step_is_told_and_takes_no_optimiser_step():
 
 @pytest.mark.parametrize("old", ["engine", "trainer"])
 def test_several_updates_keep_the_old_log_probabilities(old):
-    """Against the same steps one by one, each told what the policy said before the first."""
+    """The engine recorded what the policy says before the first update: then both kinds of old
+    log-probabilities are the recorded ones, in every update, as in three steps by themselves."""
     options = {"lr": 0.05, "grad_clip": 1e9, "temperature": TEMPERATURE, "micro_batch_tokens": 30}
     together, single = Bigram(9, seed=1), Bigram(9, seed=1)
-    trees = skewed_trees()
-    chosen = config(**options, old_logprobs=old, importance_cap=1.1, optimizer_steps_per_batch=3)
+    logp = bigram_policy(single.table.tolist(), TEMPERATURE)
+    trees = [recorded_by(logp, tree) for tree in skewed_trees()]
+    chosen = config(**options, old_logprobs=old, optimizer_steps_per_batch=3)
     figures = Trainer(together, None, chosen, CPU).step(trees, version=1)
-
-    one = Trainer(single, None, config(**options), CPU)
-    rows, _ = batch_rows(trees, chosen)
-    if old == "trainer":
-        logp = bigram_policy(single.table.tolist(), TEMPERATURE)
-        rows = [corrected(row, logp, cap=1.1) for row in rows]
-    losses = [stepped_rows(one, rows).loss for _ in range(3)]
+    alone = Trainer(single, None, config(**options), CPU)
+    steps = [alone.step(trees, version=1) for _ in range(3)]
+    losses = [one.loss for one in steps]
     assert figures.means()["loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
     assert torch.allclose(together.table, single.table, atol=1e-6)
     assert len(set(losses)) == 3 and figures.updates == 3
+    assert steps[0].clipped == 0 < figures.clipped == pytest.approx(sum(s.clipped for s in steps))
 
 
-def corrected(row: Row, logp: Policy, cap: float) -> Row:
-    """With the policy's own log-probabilities as the old ones; the truncated importance weight is
-    in the advantage."""
-    before = [logp(row.prompt, row.token_ids[: t + 1]) for t in range(len(row.token_ids))]
-    weights = [min(math.exp(b - e), cap) for b, e in zip(before, row.logprobs, strict=True)]
-    advantages = tuple(a * w for a, w in zip(row.advantages, weights, strict=True))
-    return replace(row, logprobs=tuple(before), advantages=advantages)
-
-
-def stepped_rows(trainer: Trainer, rows: list[Row]) -> StepFigures:
-    """A step on given rows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("learner.trainer.batch_rows", lambda *_: (rows, 1))
-        return trainer.step([], version=1)
+def recorded_by(logp: Policy, tree: Tree) -> Tree:
+    """The tree with this policy's log-probabilities."""
+    for node in range(1, len(tree)):
+        ids, step = tree.prefix(node), tree.steps[node]
+        ends = range(len(ids) - len(step.token_ids) + 1, len(ids) + 1)
+        tree.steps[node] = replace(step, logprobs=tuple(logp(tree.prompt, ids[:e]) for e in ends))
+    return tree
 
 
 def test_the_gap_is_that_before_the_first_update():
