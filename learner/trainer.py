@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ibtree.tree import Tree
-from learner.batch import Row, Rows, batch_rows, pad, split_rows
+from learner.batch import trained_trees
 from learner.config import LearnerConfig
+from learner.forward import Batch, forward_of
 from learner.math.loss import token_objective, truncated_importance, weighted_loss
-from learner.model import token_logprobs
 
 
 @dataclass
 class StepFigures:
-    """Sums over the batch's tokens; the means are what is reported."""
+    """Sums over the trees' tokens, each counted once; the means are what is reported."""
 
     loss: float = 0.0
     kl: float = 0.0
@@ -50,7 +49,7 @@ class Trainer:
         self, policy: Any, reference: Any | None, config: LearnerConfig, device: torch.device
     ) -> None:
         self.policy, self._reference = policy, reference
-        self._config, self._device = config, device
+        self._config, self._forward = config, forward_of(config, policy, reference, device)
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
         )
@@ -61,57 +60,51 @@ class Trainer:
         `version` is the weight version the policy has now. Without a tree left the weights stay.
         """
         config, figures = self._config, StepFigures()
-        rows, figures.trained_trees = batch_rows(trees, config)
-        if not rows:
+        trained = trained_trees(trees, config)
+        figures.trained_trees = len(trained)
+        if not trained:
             return figures
         self.optimizer.zero_grad(set_to_none=True)
-        for part in split_rows(rows, config.micro_batch_tokens):
-            self._backward(part, version, figures)
+        for batch in self._forward.batches(trained):
+            self._backward(batch, version, figures)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), config.grad_clip)
         figures.grad_norm = float(norm)
         if torch.isfinite(norm):
             self.optimizer.step()
         return figures
 
-    def _backward(self, part: list[Row], version: int, figures: StepFigures) -> None:
-        rows = pad(part, self._device)
-        logp = self._logprobs(self.policy, rows)
+    def _backward(self, batch: Batch, version: int, figures: StepFigures) -> None:
+        logp = self._forward.logprobs(self.policy, batch)
         reference = None
         if self._reference is not None:
             with torch.no_grad():
-                reference = self._logprobs(self._reference, rows)
-        old, correction = rows.old_logp, None
+                reference = self._forward.logprobs(self._reference, batch)
+        old, correction = batch.old_logp, None
         if self._config.old_logprobs == "trainer":
             # one step a batch: the policy before the update is the policy of this forward pass
             old = logp.detach()
             cap = self._config.importance_cap
-            correction = truncated_importance(old, rows.old_logp, cap)
+            correction = truncated_importance(old, batch.old_logp, cap)
         objective = token_objective(
             logp,
             old,
-            rows.advantage,
+            batch.advantage,
             clip_low=self._config.clip_low,
             clip_high=self._config.clip_high,
             ref_logp=reference,
             correction=correction,
         )
-        loss = weighted_loss(objective, rows.weight, self._config.kl_weight)
+        loss = weighted_loss(objective, batch.weight, self._config.kl_weight)
         loss.backward()  # type: ignore[no-untyped-call]
 
-        mask = rows.mask
+        counted = batch.counted
         figures.loss += float(loss.detach())
-        figures.kl += float((objective.kl.detach() * mask).sum())
-        figures.clipped += float((objective.clipped * mask).sum())
-        figures.tokens += float(mask.sum())
-        own = (rows.versions == version) & (mask > 0)
+        figures.kl += float((objective.kl.detach() * counted).sum())
+        figures.clipped += float((objective.clipped * counted).sum())
+        figures.tokens += float(counted.sum())
+        own = (batch.versions == version) & (counted > 0)
         if own.any():
-            gap = (logp.detach() - rows.old_logp).abs()[own]
+            gap = (logp.detach() - batch.old_logp).abs()[own]
             figures.gap_sum += float(gap.sum())
             figures.gap_max = max(figures.gap_max, float(gap.max()))
             figures.gap_tokens += gap.numel()
-
-    def _logprobs(self, model: Any, rows: Rows) -> Tensor:
-        width = rows.mask.shape[1]
-        return token_logprobs(
-            model, rows.ids, rows.ids_mask, rows.prompt_lengths, width, self._config.temperature
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
+from learner.batch import Row, trained_trees, tree_rows
 from learner.config import LearnerConfig
 from learner.model import mend_torchvision
 from tests.reference import slow_loss
@@ -35,6 +37,11 @@ _SHAPE = {
 
 def config(**changes: Any) -> LearnerConfig:
     return LearnerConfig(model="model", prompts="prompts.jsonl", **changes)
+
+
+def rows_of(trees: Sequence[Tree], config: LearnerConfig) -> list[Row]:
+    """The rows of a batch of trees, in their order."""
+    return [row for tree in trained_trees(trees, config) for row in tree_rows(tree, config)]
 
 
 def settings_of(config: LearnerConfig, zero_value_ratio: float = 0.0) -> Setting:
