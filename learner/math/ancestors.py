@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LONGEST = 256
+LONGEST = 128
 """Most new tokens of a segment: of the scores among them nearly half are masked out."""
-WASTE, OVERHEAD = 1.2, 1 << 13
-"""A group may compute this many times the scores it needs, and this many more: about what an
-attention call of its own costs."""
+WASTE = 1.1
+"""A group may compute this many times the scores it needs: padding against calls."""
 
 
 class Group(NamedTuple):
@@ -50,17 +49,13 @@ def groups(predecessor_M: Tensor, position_M: Tensor) -> list[Group]:
     paths = _paths(runs, predecessor_M, position_M)
     order = sorted(range(len(runs)), key=lambda s: (len(paths[s]), len(runs[s])))
     found: list[list[int]] = []
-    needed = 0
+    scores = widest = 0
     for s in order:
-        area = len(runs[s]) * len(paths[s])
-        widest = max([len(runs[s])] + [len(runs[o]) for o in found[-1]] if found else [0])
-        padded = widest * len(paths[s]) * (len(found[-1]) + 1 if found else 0)
-        if found and padded <= WASTE * (needed + area) + OVERHEAD * len(found[-1]):
-            found[-1].append(s)
-            needed += area
-        else:
-            found.append([s])
-            needed = area
+        scores, widest = scores + len(runs[s]) * len(paths[s]), max(widest, len(runs[s]))
+        if not found or (len(found[-1]) + 1) * widest * len(paths[s]) > WASTE * scores:
+            found.append([])
+            scores, widest = len(runs[s]) * len(paths[s]), len(runs[s])
+        found[-1].append(s)
     return [_group([runs[s] for s in g], [paths[s] for s in g], position_M) for g in found]
 
 
