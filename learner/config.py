@@ -130,8 +130,15 @@ class LearnerConfig(Settings):
     """Weight decay of AdamW."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Global norm the gradient is clipped to."""
+    forward: Literal["packed", "trajectory"] = "packed"
+    """packed: each token of a tree once, several trees in a sequence; trajectory: a row for each
+    trajectory, slower, for models with sliding windows or layers that are no attention."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Most tokens, padding included, of one forward pass (one trajectory always fits)."""
+    logits_chunk_tokens: int = Field(default=1024, ge=1)
+    """Tokens whose logits are in memory at a time."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
 
     checkpoint_every_steps: int = Field(default=1, ge=1)
     """Steps between checkpoints; trees are acked only after one."""

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ibtree.tree import Tree
-from learner.batch import Rows, batch_rows, pad, split_rows
+from learner.batch import trained_trees
 from learner.config import LearnerConfig
+from learner.forward import Batch, forward_of
 from learner.math.loss import token_objective, truncated_importance, weighted_loss
 from learner.math.schedule import learning_rate
-from learner.model import token_logprobs
 
 
 @dataclass
 class StepFigures:
-    """Sums over the batch's tokens and passes; the means are what is reported.
+    """Sums over the trees' tokens, each counted once, and passes; the means are what is reported.
 
     `updates` optimiser steps were taken, the last one at rate `lr`; the batch is `bad` if one was
     skipped for want of a finite loss and gradient, which `grad_norm` and `loss` then show.
@@ -73,7 +73,7 @@ class Trainer:
         self, policy: Any, reference: Any | None, config: LearnerConfig, device: torch.device
     ) -> None:
         self.policy, self._reference = policy, reference
-        self._config, self._device = config, device
+        self._config, self._forward = config, forward_of(config, policy, reference, device)
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
         )
@@ -86,10 +86,11 @@ class Trainer:
         Without a tree left, or a finite loss and gradient, the weights stay.
         """
         config, figures = self._config, StepFigures()
-        rows, figures.trained_trees = batch_rows(trees, config)
-        if not rows:
+        trained = trained_trees(trees, config)
+        figures.trained_trees = len(trained)
+        if not trained:
             return figures
-        parts = [pad(part, self._device) for part in split_rows(rows, config.micro_batch_tokens)]
+        parts = list(self._forward.batches(trained))
         before: list[Tensor | None] = [None] * len(parts)
         for _ in range(config.optimizer_steps_per_batch):
             self.optimizer.zero_grad(set_to_none=True)
@@ -118,49 +119,43 @@ class Trainer:
         return not figures.bad
 
     def _backward(
-        self, rows: Rows, before: Tensor | None, version: int, figures: StepFigures
+        self, batch: Batch, before: Tensor | None, version: int, figures: StepFigures
     ) -> tuple[float, Tensor]:
         """Adds the part's gradient; returns its loss and the policy's log-probabilities `before`
         the batch's first update, None in the first pass: they are this one's."""
         with figures.computing():
-            logp = self._logprobs(self.policy, rows)
+            logp = self._forward.logprobs(self.policy, batch)
             reference = None
             if self._reference is not None:
                 with torch.no_grad():
-                    reference = self._logprobs(self._reference, rows)
+                    reference = self._forward.logprobs(self._reference, batch)
             before = logp.detach() if before is None else before
-            old, correction = rows.old_logp, None
+            old, correction = batch.old_logp, None
             if self._config.old_logprobs == "trainer":
                 old = before
                 cap = self._config.importance_cap
-                correction = truncated_importance(old, rows.old_logp, cap)
+                correction = truncated_importance(old, batch.old_logp, cap)
             objective = token_objective(
                 logp,
                 old,
-                rows.advantage,
+                batch.advantage,
                 clip_low=self._config.clip_low,
                 clip_high=self._config.clip_high,
                 ref_logp=reference,
                 correction=correction,
             )
-            total = weighted_loss(objective, rows.weight, self._config.kl_weight)
+            total = weighted_loss(objective, batch.weight, self._config.kl_weight)
             total.backward()  # type: ignore[no-untyped-call]
             loss = float(total.detach())  # waits for the device
 
-        mask = rows.mask
-        figures.kl += float((objective.kl.detach() * mask).sum())
-        figures.clipped += float((objective.clipped * mask).sum())
-        figures.tokens += float(mask.sum())
-        own = (rows.versions == version) & (mask > 0)
+        counted = batch.counted
+        figures.kl += float((objective.kl.detach() * counted).sum())
+        figures.clipped += float((objective.clipped * counted).sum())
+        figures.tokens += float(counted.sum())
+        own = (batch.versions == version) & (counted > 0)
         if own.any():
-            gap = (before - rows.old_logp).abs()[own]
+            gap = (before - batch.old_logp).abs()[own]
             figures.gap_sum += float(gap.sum())
             figures.gap_max = max(figures.gap_max, float(gap.max()))
             figures.gap_tokens += gap.numel()
         return loss, before
-
-    def _logprobs(self, model: Any, rows: Rows) -> Tensor:
-        width = rows.mask.shape[1]
-        return token_logprobs(
-            model, rows.ids, rows.ids_mask, rows.prompt_lengths, width, self._config.temperature
-        )
