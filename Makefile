@@ -45,7 +45,7 @@ bench-%: setup
 
 # The tests' kill loops at full length.
 soak: setup
-	IBTPO_SOAK=1 $(PY) -m pytest tests/fault
+	IBTPO_SOAK=1 $(PY) -m pytest tests/fault tests/learner/test_resume.py
 
 clean:
 	rm -rf .venv runs benchmarks/out

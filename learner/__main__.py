@@ -7,13 +7,14 @@ import sys
 
 
 def main() -> None:
-    """Exits 0 when the run is done or was told to stop, with one line for what went wrong."""
+    """Exits 0 when the run is done or was told to stop; else 1, with one line that says why."""
     from learner.config import LearnerConfig
 
     config = LearnerConfig.load("ibtpo-learner", sys.argv[1:])
 
     from ibtree.client import RpcFailed
     from ibtree.errors import FieldError, PreconditionError
+    from learner.errors import NotFiniteError, WriteError
     from learner.intake import QueueDry
     from learner.loop import train
 
@@ -24,7 +25,7 @@ def main() -> None:
         train(config)
     except FieldError as error:
         sys.exit(f"ibtpo-learner: {error.as_option()}")
-    except (PreconditionError, RpcFailed, QueueDry) as error:
+    except (PreconditionError, RpcFailed, QueueDry, NotFiniteError, WriteError) as error:
         sys.exit(f"ibtpo-learner: {error}")
 
 

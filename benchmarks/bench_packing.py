@@ -1,0 +1,141 @@
+"""`make bench-packing`: a step on packed trees beside one trajectory by trajectory.
+
+On the CPU each way is a process of its own and takes its steps in turn with the others;
+`--device cuda` measures another model, see packing_cuda.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from packing_trees import flat_tokens, packed_tokens, synthetic_tree
+from rich.console import Console
+from rich.table import Table
+from shortage_model import make_model
+
+HERE = Path(__file__).parent
+OUT = HERE / "out"
+TREE = {"prompt": 256, "tokens": 1024, "step": 32}
+WARM = {"prompt": 16, "tokens": 32, "step": 8}
+GRADIENTS = [
+    {"prompt": 5, "tokens": 20, "step": 3},
+    {"prompt": 40, "tokens": 60, "step": 1},
+    {"prompt": 1, "tokens": 200, "step": 13},
+]
+ARMS = {
+    "packed": {"forward": "packed", "micro_batch_tokens": 16384},
+    "rows": {"forward": "trajectory", "micro_batch_tokens": 1},  # the faster of the two there
+    "one_batch": {"forward": "trajectory", "micro_batch_tokens": 16384},
+}
+
+
+class Arm:
+    """A process of packing_arm.py; commands are answered in order."""
+
+    def __init__(self, name: str, model: Path, threads: int) -> None:
+        settings = {"model": str(model), "threads": threads, **ARMS[name]}
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "packing_arm.py"), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        self._answer("READY")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        finally:
+            self._process.kill()
+
+    def __call__(self, do: str, **arguments: Any) -> dict[str, float]:
+        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._answer("RESULT "))
+
+    def _answer(self, word: str) -> str:
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        raise SystemExit("an arm ended")
+
+
+def gradient_error(arms: dict[str, Arm], folder: Path) -> float:
+    """Largest relative difference of the packed gradient (global norm, float32)."""
+    errors = []
+    for seed, shape in enumerate(GRADIENTS):
+        found = {}
+        for name in ("packed", "rows"):
+            arms[name]("gradient", file=str(folder / name), seed=seed, **shape)
+            found[name] = torch.load(folder / name).double()
+        errors.append(float((found["packed"] - found["rows"]).norm() / found["rows"].norm()))
+    return max(errors)
+
+
+def on_cpu(pairs: int, threads: int) -> dict[str, float]:
+    """Speed-up against a trajectory at a time, memory against all trajectories in one batch."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model = make_model(Path(folder))
+        arms = {n: stack.enter_context(Arm(n, model, threads)) for n in ARMS}
+        for arm in arms.values():
+            arm("step", seed=0, **WARM)
+        figures = {"grad_max_rel_error": gradient_error(arms, Path(folder))}
+        one_batch = arms["one_batch"]("step", seed=0, **TREE)
+        results = [
+            {name: arms[name]("step", seed=seed, **TREE) for name in ("packed", "rows")}
+            for seed in range(pairs)
+        ]
+    trees = [synthetic_tree(random.Random(seed), **TREE, vocabulary=1000) for seed in range(pairs)]
+    ratios = [pair["rows"]["seconds"] / pair["packed"]["seconds"] for pair in results]
+    return figures | {
+        "speedup": statistics.median(ratios),
+        "speedup_low": min(ratios),
+        "speedup_high": max(ratios),
+        "speedup_limit": statistics.median(flat_tokens(t) / packed_tokens(t) for t in trees),
+        "memory_ratio": results[0]["packed"]["peak_mb"] / one_batch["peak_mb"],
+        "packed_s": statistics.median(pair["packed"]["seconds"] for pair in results),
+        "rows_s": statistics.median(pair["rows"]["seconds"] for pair in results),
+        "one_batch_s": one_batch["seconds"],
+        "packed_peak_mb": results[0]["packed"]["peak_mb"],
+        "one_batch_peak_mb": one_batch["peak_mb"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--pairs", type=int, default=3, help="steps of each way on the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="of each way on the CPU")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        from packing_cuda import on_cuda
+
+        name, figures = "packing_cuda", on_cuda()
+    else:
+        name, figures = "packing", on_cpu(arguments.pairs, arguments.threads)
+    table = Table(title="packed trees beside trajectory by trajectory")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for key, value in figures.items():
+        table.add_row(key, f"{value:.4g}")
+    Console().print(table)
+    OUT.mkdir(exist_ok=True)
+    (OUT / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
