@@ -41,7 +41,7 @@ def confidences(tree: Tree, form: str) -> Floats:
     `geometric`: exp(mean log-probability); `product`: exp(sum); `sibling`: `product` normalised
     over the siblings.
     """
-    sums = np.asarray([np.sum(step.logprobs) for step in tree.steps], float)
+    sums = np.asarray([sum(step.logprobs) for step in tree.steps], float)
     if form == "geometric":
         lengths = np.asarray([max(len(step.token_ids), 1) for step in tree.steps], float)
         sums = sums / lengths
