@@ -1,0 +1,127 @@
+"""Run by torchrun: steps by all ranks against the same steps by one process alone.
+
+Rank 0 calls for them; the others follow, as in a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ibtree.tree import Tree
+from learner.ranks import ALONE, Order, Ranks, joined
+from learner.sharding import whole
+from learner.shards import weights_of
+from learner.trainer import StepFigures, Trainer
+from tests.learner.test_packing import SHAPES, tree_of
+from tests.learner.tiny import CPU, causal_lm, config
+
+TREES = [tree_of(shape) for shape in SHAPES]
+CASES: dict[str, dict[str, Any]] = {
+    "several passes": {"micro_batch_tokens": 60},
+    "token": {"length_norm": "token", "micro_batch_tokens": 100},
+    "constant": {"length_norm": "constant", "max_new_tokens": 50},
+    "draws": {"trajectory_weight": "draws", "value_estimator": "backup", "local_scale": "step"},
+    "uniform counted": {"uniform_in_denominator": True},
+    "trainer": {"old_logprobs": "trainer", "optimizer_steps_per_batch": 3},
+    "reference": {"local_reference": "reference", "local_weight": 1.0, "micro_batch_tokens": 90},
+    "checkpointing": {"activation_checkpointing": True, "micro_batch_tokens": 100},
+    "trajectory": {"forward": "trajectory", "micro_batch_tokens": 100},
+    "no reference": {"kl_weight": 0.0},
+}
+
+
+def new_trainer(ranks: Ranks, options: dict[str, Any]) -> Trainer:
+    given = {"lr": 1e-4, "kl_weight": 0.05, "temperature": 0.7, "grad_clip": 1e9, **options}
+    policy, reference = (causal_lm("Qwen3", seed=seed) for seed in (1, 2))
+    return Trainer(policy, reference if given["kl_weight"] else None, config(**given), CPU, ranks)
+
+
+def stepped(
+    trainer: Trainer, trees: list[Tree], orders: Iterator[Order] | None
+) -> tuple[StepFigures, dict[str, Tensor]]:
+    """Figures of a step, and the gradient that it leaves. Ranks that follow give `orders`."""
+    if orders is None:
+        figures = trainer.step(deepcopy(trees), version=1)
+    else:
+        order = next(orders)
+        figures = trainer.step(order.trees, **order.facts)
+    slopes = {name: whole(w.grad) for name, w in trainer.policy.named_parameters()}
+    return figures, {name: slope.clone() for name, slope in slopes.items()}
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def compare(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+    for name, options in CASES.items():
+        alone, spread = new_trainer(ALONE, options), new_trainer(ranks, options)
+        for trees in (TREES, TREES[2:3]):  # then fewer than ranks
+            want, slope = stepped(alone, trees, None)
+            found, other = stepped(spread, trees, orders)
+            assert found.means() == pytest.approx(want.means(), rel=1e-4, nan_ok=True), name
+            assert want.loss != 0 and want.tokens > 0 and found.updates == want.updates
+            assert (flat(other) - flat(slope)).norm() < 1e-4 * flat(slope).norm(), name
+        print("same step:", name)
+
+
+def skips_together(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+    """A gradient that is not finite on one rank alone leaves the weights on all."""
+    spread = new_trainer(ranks, {"kl_weight": 0.0})
+    before = [whole(w).clone() for w in spread.policy.parameters()]
+    bad = deepcopy(TREES[4])
+    bad.steps[1:] = [
+        type(step)(step.token_ids, (-1e4,) * len(step.token_ids), step.versions)
+        for step in bad.steps[1:]
+    ]
+    figures, _ = stepped(spread, [TREES[3], bad, TREES[5]], orders)
+    assert figures.bad and not figures.updates and not math.isfinite(figures.grad_norm)
+    after = [whole(w) for w in spread.policy.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    print("skipped together")
+
+
+def computes_in_bfloat16(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+    """The passes are in bfloat16; weights, gradients and what the optimiser keeps are not."""
+    exact, _ = stepped(new_trainer(ALONE, {}), TREES, None)
+    spread = new_trainer(ranks, {"compute_dtype": "bfloat16"})
+    seen: set[torch.dtype] = set()
+    spread.policy.model.layers[0].mlp.register_forward_hook(lambda *a: seen.add(a[2].dtype))
+    figures, slopes = stepped(spread, TREES, orders)
+    assert seen == {torch.bfloat16}
+    assert figures.loss != exact.loss and figures.loss == pytest.approx(exact.loss, rel=0.2)
+    weights = [whole(w) for w in spread.policy.parameters()]
+    moments = [state["exp_avg"] for state in spread.optimizer.state.values()]
+    assert {x.dtype for x in (*weights, *slopes.values(), *moments)} == {torch.float32}
+    print("computed in bfloat16")
+
+
+def gathers(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+    """Published weights are whole, on rank 0."""
+    alone, spread = new_trainer(ALONE, {}), new_trainer(ranks, {})
+    if orders is not None:
+        assert next(orders).name == "weights"
+    found, want = weights_of(spread.policy, ranks), weights_of(alone.policy, ALONE)
+    assert found.keys() == (want.keys() if ranks.leads else set())
+    assert all(torch.equal(found[name], want[name]) for name in found)
+    print("gathered")
+
+
+def main() -> None:
+    options = config(device="cpu", rank_timeout_s=100)
+    with joined(options) as ranks:
+        orders = None if ranks.leads else ranks.orders()
+        for check in (compare, skips_together, computes_in_bfloat16, gathers):
+            check(ranks, orders)
+        assert orders is None or next(orders, None) is None
+
+
+if __name__ == "__main__":
+    main()
