@@ -14,7 +14,8 @@ from tests.learner.tiny import flat_tree
 class Queue:
     """Duck-typed ibtree.client.Client and the server behind it. Trees are graded when submitted,
     unless their number is in `dying`; those in `problems` do not decode; waiting and `sleep`
-    advance the clock. A call with prompts waits `full_s` until they fit. A tree given back three times is dead, by its last reason."""
+    advance the clock. Prompts fit after `full_s`. A tree given back three times is dead, by its
+    last reason."""
 
     def __init__(self, dying: set[int] = frozenset()) -> None:
         self.now, self.dying, self._ids = 0.0, dying, count()
