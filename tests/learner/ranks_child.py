@@ -6,8 +6,12 @@ Rank 0 calls for them; the others follow, as in a run.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import resource
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +21,12 @@ from torch import Tensor
 from ibtree.tree import Tree
 from learner.ranks import ALONE, Order, Ranks, joined
 from learner.sharding import whole
-from learner.shards import weights_of
+from learner.shards import read_shards, weights_of, write_shards
 from learner.trainer import StepFigures, Trainer
 from tests.learner.test_packing import SHAPES, tree_of
 from tests.learner.tiny import CPU, causal_lm, config
 
+TIMEOUT_S = 8
 TREES = [tree_of(shape) for shape in SHAPES]
 CASES: dict[str, dict[str, Any]] = {
     "several passes": {"micro_batch_tokens": 60},
@@ -114,11 +119,52 @@ def gathers(ranks: Ranks, orders: Iterator[Order] | None) -> None:
     print("gathered")
 
 
+def call_shards(
+    call: Callable[..., None], trainer: Trainer, ranks: Ranks, orders: Iterator[Order] | None
+) -> None:
+    """Writes or reads the checkpoint in the folder that the command line names."""
+    folder = Path(sys.argv[1]) if orders is None else Path(next(orders).facts["folder"])
+    call(folder, trainer.policy, trainer.optimizer, ranks)
+
+
+def restores(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+    """A checkpoint brings back each rank's part and generator. One that a single rank can not write
+    fails on all of them, and they go on together."""
+    torch.manual_seed(ranks.rank)
+    spread, fresh = new_trainer(ranks, {}), new_trainer(ranks, {})
+    stepped(spread, TREES, orders)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft if ranks.leads else 1000, hard))
+    with pytest.raises(OSError, match="File too large"):
+        call_shards(write_shards, spread, ranks, orders)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    call_shards(write_shards, spread, ranks, orders)
+    drawn = torch.rand(3)
+    call_shards(read_shards, fresh, ranks, orders)
+    assert torch.equal(torch.rand(3), drawn)
+    states = [list(one.optimizer.state.values()) for one in (spread, fresh)]
+    for mine, theirs in zip(*states, strict=True):
+        assert all(torch.equal(whole(mine[name]), whole(theirs[name])) for name in mine)
+    for mine, theirs in zip(spread.policy.parameters(), fresh.policy.parameters(), strict=True):
+        assert torch.equal(whole(mine), whole(theirs))
+    print("restored")
+
+
+def waits_quietly(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+    """Rank 0 may call later than the others' timeout."""
+    if ranks.leads:
+        threading.Event().wait(3 * TIMEOUT_S)
+    gathers(ranks, orders)
+
+
 def main() -> None:
-    options = config(device="cpu", rank_timeout_s=100)
+    """Arguments: a folder for a checkpoint; or `quiet`."""
+    quiet = sys.argv[1] == "quiet"
+    options = config(device="cpu", rank_timeout_s=TIMEOUT_S if quiet else 100)
+    checks = (compare, skips_together, computes_in_bfloat16, gathers, restores)
     with joined(options) as ranks:
         orders = None if ranks.leads else ranks.orders()
-        for check in (compare, skips_together, computes_in_bfloat16, gathers):
+        for check in (waits_quietly,) if quiet else checks:
             check(ranks, orders)
         assert orders is None or next(orders, None) is None
 

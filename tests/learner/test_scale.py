@@ -75,6 +75,24 @@ def ended(process: subprocess.Popen[bytes]) -> int:
         process.wait(LONGEST_S)
 
 
+def checked_by_ranks(argument: str) -> str:
+    """What two ranks said that ran their checks to the end."""
+    process = subprocess.Popen(
+        [*torchrun(2), "-m", "tests.learner.ranks_child", argument],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        said, _ = process.communicate(timeout=LONGEST_S)
+    finally:
+        process.terminate()
+    assert process.returncode == 0, said
+    return said
+
+
 def acked(server: RecordedServer) -> set[str]:
     return {id_ for id_, state in server.trees().items() if state == "acked"}
 
@@ -120,20 +138,11 @@ def test_two_ranks_one_of_them_killed_then_two_and_then_one_are_the_run_of_one(t
 
 
 @pytest.mark.timeout(300)
-def test_a_step_by_two_ranks_is_the_step_by_one_whatever_the_options():
+def test_two_ranks_step_skip_gather_and_restore_as_one(tmp_path):
     """tests/learner/ranks_child.py says what is compared."""
-    process = subprocess.run(
-        [*torchrun(2), "-m", "tests.learner.ranks_child"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=LONGEST_S,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    assert process.stdout.count("same step") == 2 * len(CASES)
-    assert process.stdout.count("gathered") == 2
+    said = checked_by_ranks(str(tmp_path))
+    assert said.count("same step") == 2 * len(CASES)
+    assert said.count("gathered") == said.count("restored") == 2
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [3, 3, 3], [9, 1, 8, 2, 7, 3], [100, 1, 1, 1]], ids=str)
@@ -205,6 +214,12 @@ def test_a_full_disk_ends_all_ranks_with_one_message(tmp_path, model, limit_byte
         assert folders == ["step-00000001", "step-00000002"]
         assert one.run_here("--steps=4") == ""
         assert acked(server) == upto(4)
+
+
+@SOAK
+@pytest.mark.timeout(300)
+def test_rank_0_may_be_quiet_for_longer_than_the_timeout():
+    assert checked_by_ranks("quiet").count("gathered") == 2
 
 
 @SOAK

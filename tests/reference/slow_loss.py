@@ -117,8 +117,9 @@ def rollout_terms(
     old_policy: Policy | None,
     reference: Policy | None,
 ) -> list[float]:
-    """clipped - kl_weight KL of each token of one rollout; advantages are those of `judged`. With `old_policy` the ratio is against
-    it, and the engine's recorded log-probabilities enter as truncated importance weight."""
+    """clipped - kl_weight KL of each token of one rollout; advantages are those of `judged`. With
+    `old_policy` the ratio is against it, and the engine's recorded log-probabilities enter as
+    truncated importance weight."""
     terms: list[float] = []
     tokens = rollout.tokens
     at = 0
