@@ -7,14 +7,12 @@ anything.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -24,10 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ibtree.errors import FieldError
 from ibtree.tree import Tree
-from ibtree.wire import tree_from_bytes, tree_to_bytes
 from learner.config import LearnerConfig
 from learner.math.sharing import balanced
 from learner.model import pick_device
+from learner.orders import Order, receive, send
 
 _log = logging.getLogger(__name__)
 _END = "end"
@@ -35,24 +33,6 @@ _END = "end"
 
 class RankLostError(RuntimeError):
     """The ranks could not go on together: another one died, stalled or failed."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What all ranks are to do: its name, its trees, and what else it needs."""
-
-    name: str
-    facts: dict[str, Any]
-    trees: list[Tree]
-
-    def parts(self) -> list[bytes]:
-        """As bytes: name and facts in JSON, then each tree."""
-        head = json.dumps({"name": self.name, "facts": self.facts})
-        return [head.encode(), *map(tree_to_bytes, self.trees)]
-
-    @staticmethod
-    def of(parts: Sequence[bytes]) -> Order:
-        return Order(**json.loads(parts[0]), trees=[tree_from_bytes(part) for part in parts[1:]])
 
 
 class Ranks:
@@ -115,13 +95,13 @@ class Group(Ranks):
     def together(self, name: str, trees: Sequence[Tree] = (), **facts: Any) -> Iterator[None]:
         with self._line, self._reporting(name):
             if self.leads:
-                _send(Order(name, facts, list(trees)).parts())
+                send(Order(name, facts, list(trees)).parts())
             yield
 
     def orders(self) -> Iterator[Order]:
         while True:
             with self._reporting("waiting for rank 0"):
-                parts = _receive()
+                parts = receive()
             if not parts:
                 continue
             order = Order.of(parts)
@@ -133,8 +113,8 @@ class Group(Ranks):
         """Lets the others go, unless the ranks have lost each other."""
         self._over.set()
         if self._together and self.leads:
-            with self.together(_END):
-                pass
+            with suppress(RankLostError), self.together(_END):
+                pass  # what ends the run says more than a rank that has gone before
         if self._together:
             dist.destroy_process_group()
 
@@ -177,30 +157,10 @@ class Group(Ranks):
                     return
                 try:
                     with self._reporting("telling that rank 0 is there"):
-                        _send([])
+                        send([])
                 except RankLostError as error:
                     _log.error("%s", error)
                     signal.raise_signal(signal.SIGTERM)
-
-
-def _send(parts: Sequence[bytes]) -> None:
-    """To all other ranks; tensors on the CPU travel by gloo."""
-    dist.broadcast(torch.tensor([len(parts)]), src=0)
-    if parts:
-        dist.broadcast(torch.tensor([len(part) for part in parts]), src=0)
-        dist.broadcast(torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8), src=0)
-
-
-def _receive() -> list[bytes]:
-    count = torch.zeros(1, dtype=torch.int64)
-    dist.broadcast(count, src=0)
-    if not count:
-        return []
-    lengths = torch.zeros(int(count), dtype=torch.int64)
-    dist.broadcast(lengths, src=0)
-    blob = torch.zeros(int(lengths.sum()), dtype=torch.uint8)
-    dist.broadcast(blob, src=0)
-    return [part.numpy().tobytes() for part in torch.split(blob, lengths.tolist())]
 
 
 @contextmanager

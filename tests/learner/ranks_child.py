@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ibtree.tree import Tree
-from learner.ranks import ALONE, Order, Ranks, joined
+from learner.orders import Order
+from learner.ranks import ALONE, Ranks, joined
 from learner.sharding import whole
 from learner.shards import read_shards, weights_of, write_shards
 from learner.trainer import StepFigures, Trainer
@@ -27,7 +28,7 @@ from tests.learner.test_packing import SHAPES, tree_of
 from tests.learner.tiny import CPU, causal_lm, config
 
 TIMEOUT_S = 8
-TREES = [tree_of(shape) for shape in SHAPES]
+TREES = [tree_of(shape) for shape in SHAPES if shape[0] < 20]
 CASES: dict[str, dict[str, Any]] = {
     "several passes": {"micro_batch_tokens": 60},
     "token": {"length_norm": "token", "micro_batch_tokens": 100},
@@ -81,12 +82,12 @@ def skips_together(ranks: Ranks, orders: Iterator[Order] | None) -> None:
     """A gradient that is not finite on one rank alone leaves the weights on all."""
     spread = new_trainer(ranks, {"kl_weight": 0.0})
     before = [whole(w).clone() for w in spread.policy.parameters()]
-    bad = deepcopy(TREES[4])
+    bad = deepcopy(TREES[3])
     bad.steps[1:] = [
         type(step)(step.token_ids, (-1e4,) * len(step.token_ids), step.versions)
         for step in bad.steps[1:]
     ]
-    figures, _ = stepped(spread, [TREES[3], bad, TREES[5]], orders)
+    figures, _ = stepped(spread, [TREES[2], bad, TREES[4]], orders)
     assert figures.bad and not figures.updates and not math.isfinite(figures.grad_norm)
     after = [whole(w) for w in spread.policy.parameters()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))

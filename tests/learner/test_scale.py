@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from learner.config import LearnerConfig
 from learner.math.sharing import balanced
-from learner.ranks import Order, joined
+from learner.orders import Order
+from learner.ranks import joined
 from tests.learner.ranks_child import CASES
 from tests.learner.recorded import (
     ROOT,
