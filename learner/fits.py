@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.attention import SegmentAttention, install, unfit
+from learner.attention import SegmentAttention, install, installed, unfit
 from learner.math.packing import layout
 from learner.model import features
 
@@ -27,12 +27,14 @@ class _Counted(SegmentAttention):
 
 @torch.no_grad()
 def prepare(model: Any) -> None:
-    """Switches the model's attention to packed trees.
+    """Switches the model's attention to packed trees; a second time does nothing.
 
     Raises FieldError, with the reason, for a model that reads more than a token's ancestors or
     whose logits are not those of its trajectories: sliding windows, state space, attention or a
     head of another kind.
     """
+    if installed(model):
+        return
     size = model.get_input_embeddings().weight.shape[0]
     placed = layout([0, 0, 0], [PROMPT, BRANCH, BRANCH])
     ids = (torch.arange(1, PROMPT + 2 * BRANCH + 1) * 7 % size).to(model.device)

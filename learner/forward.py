@@ -9,16 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from learner.attention import FlexTreeAttention, SegmentAttention, TreeAttention
+from learner.attention import BLOCK, FlexTreeAttention, SegmentAttention, TreeAttention
 from learner.batch import Rows, TrainedTree, pad, split_rows, tree_rows
 from learner.config import LearnerConfig
 from learner.fits import prepare
 from learner.model import checkpoint_activations, packed_logprobs, token_logprobs
 from learner.pack import Pack, packs, padded, tree_pieces
 
-BLOCK = 128
-"""Packs on the GPU are a multiple of this long [tokens], in at most BUCKETS lengths."""
 BUCKETS = 8
+"""Lengths that packs on the GPU are padded to: FlexAttention is compiled for each."""
 
 
 class Batch(Protocol):
@@ -119,6 +118,7 @@ def forward_of(
 
 
 def bucket(tokens: int, limit: int) -> int:
-    """The length a pack of so many tokens is padded to: one of BUCKETS up to `limit`."""
+    """The length a pack of so many tokens is padded to: one of BUCKETS up to `limit`, or further
+    multiples of the smallest for a trajectory that is longer."""
     unit = -(-limit // (BUCKETS * BLOCK)) * BLOCK
     return -(-tokens // unit) * unit
