@@ -62,12 +62,13 @@ class PackedForward:
         limit = self._config.micro_batch_tokens
         pieces = [piece for tree in trees for piece in tree_pieces(tree, self._config)]
         for pack in packs(pieces, limit):
+            attention: TreeAttention
             if self._device.type == "cuda":
                 pack = padded(pack, bucket(len(pack.ids), limit)).to(self._device)
-                yield PackedBatch(**vars(pack), attention=FlexTreeAttention(pack.last))
+                attention = FlexTreeAttention(pack.last)
             else:
                 attention = SegmentAttention(pack.predecessor, pack.position)
-                yield PackedBatch(**vars(pack), attention=attention)
+            yield PackedBatch(**vars(pack), attention=attention)
 
     def logprobs(self, model: Any, batch: PackedBatch) -> Tensor:
         """Of each token with a term in the loss, [T]."""
