@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,6 +46,7 @@ class Arm:
     """A process of packing_arm.py; commands are answered in order."""
 
     def __init__(self, name: str, model: Path, threads: int) -> None:
+        self._name = name
         settings = {"model": str(model), "threads": threads, **ARMS[name]}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "packing_arm.py"), json.dumps(settings)],
@@ -68,7 +69,9 @@ class Arm:
     def __call__(self, do: str, **arguments: Any) -> dict[str, float]:
         self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._answer("RESULT "))
+        answer = self._answer("RESULT ")
+        print(do, self._name, answer.strip(), file=sys.stderr)
+        return json.loads(answer)
 
     def _answer(self, word: str) -> str:
         for line in self._process.stdout:
@@ -77,31 +80,39 @@ class Arm:
         raise SystemExit("an arm ended")
 
 
-def gradient_error(arms: dict[str, Arm], folder: Path) -> float:
-    """Largest relative difference of the packed gradient (global norm, float32)."""
+def gradient_error(arms: Sequence[Arm], folder: Path) -> float:
+    """Largest relative difference of the two gradients (global norm, float32)."""
     errors = []
     for seed, shape in enumerate(GRADIENTS):
-        found = {}
-        for name in ("packed", "rows"):
-            arms[name]("gradient", file=str(folder / name), seed=seed, **shape)
-            found[name] = torch.load(folder / name).double()
-        errors.append(float((found["packed"] - found["rows"]).norm() / found["rows"].norm()))
+        found = []
+        for arm in arms:
+            arm("gradient", file=str(folder / "gradient"), seed=seed, **shape)
+            found.append(torch.load(folder / "gradient").double())
+        errors.append(float((found[0] - found[1]).norm() / found[1].norm()))
     return max(errors)
+
+
+def whole_step(name: str, model: Path, threads: int) -> dict[str, float]:
+    """A step on a tree in a fresh process, after a small one that makes the optimiser's state."""
+    with Arm(name, model, threads) as arm:
+        arm("step", seed=0, **WARM)
+        return arm("step", seed=0, **TREE)
 
 
 def on_cpu(pairs: int, threads: int) -> dict[str, float]:
     """Speed-up, each way at its best budget; memory, with all trajectories in one pass."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
-        arms = {n: stack.enter_context(Arm(n, model, threads)) for n in ARMS}
-        for arm in arms.values():
-            arm("step", seed=0, **WARM)
-        figures = {"grad_max_rel_error": gradient_error(arms, Path(folder))}
-        both = [[arms[n]("step", seed=s, **TREE) for n in ("packed", "rows")] for s in range(pairs)]
-        packed, rows = zip(*both, strict=True)
-        packed_whole, rows_whole = (
-            arms[name]("step", seed=0, **TREE) for name in ("packed_whole", "rows_whole")
+        packed_whole, rows_whole = (  # one after the other: the second takes 12 GB
+            whole_step(name, model, threads) for name in ("packed_whole", "rows_whole")
         )
+        with Arm("packed", model, threads) as packed_arm, Arm("rows", model, threads) as rows_arm:
+            arms = (packed_arm, rows_arm)
+            for arm in arms:
+                arm("step", seed=0, **WARM)
+            figures = {"grad_max_rel_error": gradient_error(arms, Path(folder))}
+            both = [[arm("step", seed=s, **TREE) for arm in arms] for s in range(pairs)]
+            packed, rows = zip(*both, strict=True)
     limits = []
     for seed in range(pairs):
         tree = synthetic_tree(random.Random(seed), **TREE, vocabulary=1000)
