@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -26,17 +27,20 @@ class TrainedTree:
 
     tree: Tree
     share_N: Tensor
+    first: int
+    """The number of its first node when the nodes of all trees of the batch are counted through."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One trajectory: prompt and generated ids, and per generated token the engine's
-    log-probability, the weight version and the advantage of its step."""
+    log-probability, the weight version, and the number in the batch and advantage of its step."""
 
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     versions: tuple[int, ...]
+    nodes: tuple[int, ...]
     advantages: tuple[float, ...]
     share: float
     """What each of its tokens counts in the batch's loss."""
@@ -56,6 +60,7 @@ class Rows:
     """1 where figures count the token: once a tree, on its first row."""
     old_logp: Tensor
     versions: Tensor
+    node: Tensor
     advantage: Tensor
     weight: Tensor
 
@@ -65,12 +70,16 @@ def is_uniform(tree: Tree) -> bool:
     return bool(np.ptp(tree.rewards()) <= NO_SPREAD)
 
 
-def tree_advantages(tree: Tree, config: LearnerConfig) -> Tensor:
-    """A(s) of each node, float64, [N] (algorithm in learner/math/advantage.py)."""
+def tree_advantages(
+    tree: Tree, config: LearnerConfig, reference_logp_N: Tensor | None = None
+) -> Tensor:
+    """A(s) of each node, float64, [N] (algorithm in learner/math/advantage.py). The confidence in a
+    step is the behaviour policy's, or the reference's where its log-probabilities are given."""
     options = tree.options
     value = score.values(tree, config.value_estimator)
     gain = score.info_gains(tree, value, config.beta, options.zero_value_ratio)
-    confidence = score.confidences(tree, config.confidence)
+    logprobs = None if reference_logp_N is None else reference_logp_N.numpy()
+    confidence = score.confidences(tree, config.confidence, logprobs)
     lengths = torch.tensor([len(step.token_ids) for step in tree.steps], dtype=torch.float64)
     return step_advantages(
         torch.from_numpy(value),
@@ -107,11 +116,13 @@ def trained_trees(trees: Sequence[Tree], config: LearnerConfig) -> list[TrainedT
         constant_tokens=config.max_new_tokens,
     )
     parts = torch.split(shares, [len(ends) for _, ends, _ in counted])
-    return [
-        TrainedTree(tree, torch.zeros(len(tree), dtype=torch.float64).index_add(0, ends, share))
+    kept = [
+        (tree, torch.zeros(len(tree), dtype=torch.float64).index_add(0, ends, share))
         for (tree, ends, keep), share in zip(counted, parts, strict=True)
         if keep
     ]
+    firsts = accumulate((len(tree) for tree, _ in kept), initial=0)
+    return [TrainedTree(*one, first) for one, first in zip(kept, firsts, strict=False)]
 
 
 def _column(values: Sequence[Sequence[float]]) -> Tensor:
@@ -136,6 +147,7 @@ def tree_rows(trained: TrainedTree, config: LearnerConfig) -> list[Row]:
                 token_ids=tuple(t for s in steps for t in s.token_ids),
                 logprobs=tuple(lp for s in steps for lp in s.logprobs),
                 versions=tuple(v for s in steps for v in s.versions),
+                nodes=tuple(trained.first + n for n in path for _ in tree.steps[n].token_ids),
                 advantages=tuple(advantages[n] for n in path for _ in tree.steps[n].token_ids),
                 share=float(trained.share_N[end]),
                 shared=sum(len(tree.steps[n].token_ids) for n in path if n in seen),
@@ -185,6 +197,7 @@ def pad(rows: Sequence[Row], device: torch.device) -> Rows:
         counted=mask * (index >= shared[:, None]),
         old_logp=column([row.logprobs for row in rows], torch.float64),
         versions=column([row.versions for row in rows], torch.int64),
+        node=column([row.nodes for row in rows], torch.int64),
         advantage=column([row.advantages for row in rows], torch.float64),
         weight=shares[:, None] * mask,
     )

@@ -1,9 +1,11 @@
 """Checkpoints: written beside, made durable, renamed into place; the newest whole one counts.
 
 out_dir/checkpoints/step-00000012/
-    .metadata  __0_0.distcp    weights, optimiser, generators (torch.distributed.checkpoint)
-    state.json                 what the run is besides
-    digests.json               SHA-256 of each of these files
+    .metadata  __<rank>_0.distcp    weights, optimiser, generators (torch.distributed.checkpoint)
+    state.json                      what the run is besides
+    digests.json                    SHA-256 of each of these files
+
+Rank 0 does all of it but for the ranks' parts, so `out_dir` is on a disk that all of them share.
 """
 
 from __future__ import annotations
@@ -13,24 +15,18 @@ import json
 import logging
 import os
 import shutil
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from ibtree.errors import PreconditionError
 from learner.errors import WriteError, writing
+from learner.ranks import ALONE, Ranks
+from learner.shards import fits, read_shards, write_shards
 
 _log = logging.getLogger(__name__)
-_OPTIONS = sharded.StateDictOptions(strict=False, flatten_optimizer_state_dict=True)
 _DIGESTS = "digests.json"
 
 
@@ -57,24 +53,11 @@ class TrainState:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def weights_of(model: Any) -> dict[str, torch.Tensor]:
-    """Named tensors of the model on the CPU, each storage once (tied weights under one name)."""
-    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = _untied(model, sharded.get_model_state_dict(model, options=whole))
-    return {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
-
-
-def _untied(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
-    ties = bool(getattr(model.config, "tie_word_embeddings", False))
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if ties else set()
-    return {name: tensor for name, tensor in weights.items() if name not in tied}
-
-
 class Checkpoints:
     """The checkpoints of one run, the newest `keep` of them."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        self._dir, self._keep = directory, keep
+    def __init__(self, directory: Path, keep: int, ranks: Ranks = ALONE) -> None:
+        self._dir, self._keep, self._ranks = directory, keep, ranks
         with writing("checkpoints", directory):
             directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob("*.part"):
@@ -94,7 +77,8 @@ class Checkpoints:
         try:
             with writing(f"the checkpoint of step {state.step}", self._dir):
                 part.mkdir()
-                _write(part, model, optimizer, state)
+                write_shards(part, model, optimizer, self._ranks)
+                _seal(part, state)
                 part.rename(final)
                 sync(self._dir)
         except WriteError:
@@ -121,61 +105,22 @@ class Checkpoints:
         for path, problem in damage.items():
             _log.warning("%s; kept aside, going on from %s", problem, steps[-1].name)
             path.rename(_free_name(path))
-        return _read(steps[-1], model, optimizer) if steps else None
+        return self._read(steps[-1], model, optimizer) if steps else None
+
+    def _read(self, folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
+        if not fits(folder, model):
+            raise PreconditionError(f"out_dir: {folder} is a checkpoint of another model")
+        read_shards(folder, model, optimizer, self._ranks)
+        return TrainState(**json.loads((folder / "state.json").read_text()))
 
 
-def _parts(model: Any, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """What torch.distributed.checkpoint writes, and reads into."""
-    weights = sharded.get_model_state_dict(model, options=_OPTIONS)
-    parts = {"model": _untied(model, weights), "rng": {"cpu": torch.get_rng_state()}}
-    if torch.cuda.is_available():
-        parts["rng"]["cuda"] = torch.cuda.get_rng_state()
-    if optimizer is not None:
-        parts["optimizer"] = sharded.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
-    return parts
-
-
-def _write(folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    # asked for its state before its first step, torch would have it take an empty one
-    parts = _parts(model, optimizer if optimizer.state else None)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-            save(parts, checkpoint_id=folder)
-    except CheckpointException as error:  # a BaseException around whatever was raised
-        failure = next(iter(error.failures.values()))[0]
-        raise OSError(str(failure)) if isinstance(failure, Exception) else failure from error
+def _seal(folder: Path, state: TrainState) -> None:
+    """Adds what the ranks do not write, and makes all of it durable."""
     (folder / "state.json").write_text(json.dumps(asdict(state)))
     digests = {path.name: _digest(path) for path in folder.iterdir()}
     (folder / _DIGESTS).write_text(json.dumps(digests))
     for path in (*folder.iterdir(), folder):
         sync(path)
-
-
-def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    sizes = {
-        name.removeprefix("model."): entry.size
-        for name, entry in stored.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    weights = _untied(model, sharded.get_model_state_dict(model, options=_OPTIONS))
-    if sizes != {name: tensor.shape for name, tensor in weights.items()}:
-        raise PreconditionError(f"out_dir: {folder} is a checkpoint of another model")
-    stepped = any(name.startswith("optimizer.") for name in stored)
-    parts = _parts(model, optimizer if stepped else None)
-    parts["rng"] = {name: rng for name, rng in parts["rng"].items() if f"rng.{name}" in stored}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
-        load(parts, checkpoint_id=folder)
-    sharded.set_model_state_dict(model, parts["model"], options=_OPTIONS)
-    optimizer.state.clear()
-    if stepped:
-        sharded.set_optimizer_state_dict(model, optimizer, parts["optimizer"], options=_OPTIONS)
-    torch.set_rng_state(parts["rng"]["cpu"])
-    if "cuda" in parts["rng"]:
-        torch.cuda.set_rng_state(parts["rng"]["cuda"])
-    return TrainState(**json.loads((folder / "state.json").read_text()))
 
 
 def _damage(folder: Path) -> str:

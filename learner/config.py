@@ -34,7 +34,12 @@ class LearnerConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the trained weights."""
+    """Precision of the trained weights and of the optimiser."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of forward and backward passes, if not that of the weights; under torchrun only,
+    where gradients are summed in float32. null: dtype."""
+    rank_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest that a rank under torchrun waits for another before the run ends."""
     seed: int = 0
     """Seed of the prompts' order and of torch."""
     threads: int = Field(default=0, ge=0)
@@ -89,6 +94,9 @@ class LearnerConfig(Settings):
     """Lambda: weight of the local advantage."""
     local_scale: Literal["token", "step"] = "token"
     """token: the paper's form; step: the local term divided by the step's token count."""
+    local_reference: Literal["behaviour", "reference"] = "behaviour"
+    """Whose confidence in a step enters the local advantage: that of the policy that sampled it, or
+    the frozen reference's."""
     std: Literal["population", "sample"] = "population"
     """Standard deviation of a tree's rewards."""
     advantage_eps: float = Field(default=0.0, ge=0)
@@ -106,7 +114,8 @@ class LearnerConfig(Settings):
     clip_high: float = Field(default=0.2, ge=0)
     """Upper clip of the ratio: 1 + clip_high."""
     kl_weight: float = Field(default=0.001, ge=0)
-    """Weight of the KL to the frozen reference; 0 loads no reference."""
+    """Weight of the KL to the frozen reference; 0 loads no reference unless local_reference asks
+    for it."""
     reference_model: Path | None = None
     """Hugging Face folder of the frozen reference, with the model's vocabulary. null: the model's
     own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,11 @@ class Batch(Protocol):
     @property
     def versions(self) -> Tensor: ...
     @property
+    def node(self) -> Tensor:
+        """The number of the token's step among the nodes of the batch's trees."""
+        ...
+
+    @property
     def advantage(self) -> Tensor: ...
     @property
     def weight(self) -> Tensor: ...
@@ -55,6 +61,8 @@ class PackedForward:
     def __init__(self, models: Sequence[Any], config: LearnerConfig, device: torch.device) -> None:
         for model in models:
             prepare(model)
+            # a method of the model: FSDP gathers its weights around methods alone
+            model.packed_logprobs = partial(packed_logprobs, model)
         self._config, self._device = config, device
 
     def batches(self, trees: Sequence[TrainedTree]) -> Iterator[PackedBatch]:
@@ -72,13 +80,13 @@ class PackedForward:
 
     def logprobs(self, model: Any, batch: PackedBatch) -> Tensor:
         """Of each token with a term in the loss, [T]."""
-        return packed_logprobs(
-            model,
+        logp: Tensor = model.packed_logprobs(
             batch,
             batch.attention,
             temperature=self._config.temperature,
             chunk=self._config.logits_chunk_tokens,
         )
+        return logp
 
 
 class TrajectoryForward:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -36,7 +36,8 @@ class QueueDry(RuntimeError):
 class Intake:
     """Prompts in, leases out. What it holds (`state.leases`) is also written down at once, so that
     a run that is killed gives its trees back when it comes back, instead of waiting until the
-    leases run out. `flaw` says what is wrong with a tree; empty for a good one."""
+    leases run out. `flaw` says what is wrong with a tree, empty for a good one; when `stop` grows,
+    it waits no longer."""
 
     def __init__(
         self,
@@ -45,9 +46,10 @@ class Intake:
         config: LearnerConfig,
         state: TrainState,
         flaw: Callable[[Tree], str],
+        stop: Sequence[int] = (),
     ) -> None:
         self._client, self._stream, self._config, self._state = client, stream, config, state
-        self._flaw = flaw
+        self._flaw, self._stop = flaw, stop
         self._options = options_from(config)
         self._ready: dict[int, TreeLease] = {}
         self._extended = time.monotonic()
@@ -76,15 +78,17 @@ class Intake:
                         question.prompt, id_, question.answer, self._config.grader, self._options
                     )
                 )
-            self._client.submit_prompts(prompts, wait=True)
+            patience_s = self._config.patience_s
+            self._client.submit_prompts(prompts, timeout_s=patience_s, wait=True)
         self._state.next_prompt = max(until, self._state.next_prompt)
 
     def lease_step(self) -> list[TreeLease]:
         """The trees of the next `prompts_per_step` prompts; fewer if some will not come any more
-        (dead, refused, or lost with a damaged checkpoint), never none. Raises QueueDry.
+        (dead, refused, or lost with a damaged checkpoint), never none but where `stop` grows while
+        it waits. Raises QueueDry.
         """
         until = time.monotonic() + self._config.patience_s
-        while missing := [n for n in self._wanted() if n not in self._ready]:
+        while not self._stop and (missing := [n for n in self._wanted() if n not in self._ready]):
             got = self._client.lease_trees(
                 min(len(missing), _MAX_TREES),
                 lease_s=self._config.lease_s,

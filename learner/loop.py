@@ -13,18 +13,20 @@ from ibtree.messages import Prompt, TreeLease
 from ibtree.options import options_from
 from learner.config import LearnerConfig
 from learner.errors import NotFiniteError
+from learner.ranks import Ranks
 from learner.report import staleness, tree_figures
 from learner.run import Run, started
 from learner.trainer import StepFigures
 
 
-def train(config: LearnerConfig) -> None:
+def train(config: LearnerConfig, ranks: Ranks) -> None:
     """Runs `config.steps` steps, or until SIGTERM or SIGINT (the step in hand ends).
 
     Raises FieldError and PreconditionError for settings that do not fit, RpcFailed and QueueDry
-    when the server stays away, NotFiniteError and WriteError when training can not go on.
+    when the server stays away, NotFiniteError, WriteError and RankLostError when training can not
+    go on.
     """
-    with started(config) as run:
+    with started(config, ranks) as run:
         _evaluate(run)
         while not (_done(run) or run.stop):
             _step(run)
@@ -39,6 +41,8 @@ def _step(run: Run) -> None:
     with report.phase("sample"):
         intake.submit_ahead()
         leases = intake.lease_step()
+    if run.stop:  # told to while waiting: the trees go back
+        return
     fresh, stale = _fresh(leases, state.version, config.max_staleness)
     with report.phase("learn"):
         figures = run.trainer.step([one.tree for one in fresh], state.version, state.updates)

@@ -27,6 +27,7 @@ class Piece:
     """The tokens whose terms count here, ascending indices [T]; those after are of each, [T]."""
     old_logp: Tensor
     versions: Tensor
+    node: Tensor
     advantage: Tensor
     weight: Tensor
 
@@ -42,6 +43,7 @@ class Pack:
     target: Tensor
     old_logp: Tensor
     versions: Tensor
+    node: Tensor
     advantage: Tensor
     weight: Tensor
 
@@ -74,13 +76,14 @@ def tree_pieces(trained: TrainedTree, config: LearnerConfig) -> list[Piece]:
     weight_N = subtree_sums(parents, trained.share_N[order])
     advantage_N = tree_advantages(tree, config)[order]
     return [
-        _piece(tree, order, parents, lengths, weight_N, advantage_N, part)
+        _piece(tree, trained.first, order, parents, lengths, weight_N, advantage_N, part)
         for part in cut(parents, lengths, config.micro_batch_tokens)
     ]
 
 
 def _piece(
     tree: Tree,
+    first: int,
     order: Sequence[int],
     parents: Sequence[int],
     lengths: Sequence[int],
@@ -100,6 +103,7 @@ def _piece(
         target=target,
         old_logp=torch.tensor([lp for s in counted for lp in s.logprobs], dtype=torch.float64),
         versions=torch.tensor([v for s in counted for v in s.versions]),
+        node=first + torch.tensor(order)[node_T],
         advantage=advantage_N[node_T],
         weight=weight_N[node_T],
     )
@@ -123,6 +127,7 @@ def pack(pieces: Sequence[Piece]) -> Pack:
         target=torch.cat([piece.target + start for piece, start in pairs]),
         old_logp=torch.cat([piece.old_logp for piece in pieces]),
         versions=torch.cat([piece.versions for piece in pieces]),
+        node=torch.cat([piece.node for piece in pieces]),
         advantage=torch.cat([piece.advantage for piece in pieces]),
         weight=torch.cat([piece.weight for piece in pieces]),
     )

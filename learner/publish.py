@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from ibtree.client import Client
 from ibtree.errors import PreconditionError
 from ibtree.weights import checkpoint_specs, make_manifest, model_identity
-from learner.checkpoint import TrainState, weights_of
+from learner.checkpoint import TrainState
 from learner.errors import writing
+from learner.ranks import ALONE, Ranks
+from learner.shards import weights_of
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -21,9 +23,16 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 class Publisher:
     """Sends versions in the server's dtype, under the checkpoint's tensor names."""
 
-    def __init__(self, client: Client, model_dir: Path, out_dir: Path, patience_s: float) -> None:
+    def __init__(
+        self,
+        client: Client,
+        model_dir: Path,
+        out_dir: Path,
+        patience_s: float,
+        ranks: Ranks = ALONE,
+    ) -> None:
         """Waits for the server. Raises PreconditionError if it runs another model."""
-        self._client, self._patience_s = client, patience_s
+        self._client, self._patience_s, self._ranks = client, patience_s, ranks
         self.staged = out_dir / "publish.safetensors"
         """File of the staged version's weights, of dtype `dtype`."""
         with writing("the weights to publish", out_dir):
@@ -40,7 +49,7 @@ class Publisher:
 
     def stage(self, model: Any, state: TrainState) -> None:
         """Writes the weights as version `state.version` and notes its digest in the state."""
-        weights = weights_of(model)
+        weights = weights_of(model, self._ranks)
         with writing("the weights to publish", self.staged.parent):
             save_file(
                 {name: weights[name].to(self.dtype) for name in self._names},

@@ -22,9 +22,10 @@ from learner.door import flaw
 from learner.errors import writing
 from learner.export import Exports
 from learner.intake import Intake
-from learner.model import load_policy, pick_device
+from learner.model import load_policy
 from learner.prompts import PromptStream, questions_of
 from learner.publish import Publisher
+from learner.ranks import Ranks
 from learner.report import Reporter
 from learner.trainer import Trainer
 
@@ -47,30 +48,24 @@ class Run:
 
 
 @contextmanager
-def started(config: LearnerConfig) -> Iterator[Run]:
+def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
     """The run, new or resumed from its newest checkpoint; the server serves its weights. At the end
     the trees in hand are given back.
 
-    Raises FieldError and PreconditionError for settings that do not fit, RpcFailed.
+    Raises FieldError and PreconditionError for settings that do not fit, RpcFailed, RankLostError.
     """
-    torch.manual_seed(config.seed)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     stop = _stop_on_signals()
-    device = pick_device(config.device)
     questions = questions_of(config.prompts, config)
     held_out = questions_of(config.eval_prompts, config) if config.eval_prompts else []
     with Client(config.server) as client:
-        publisher = Publisher(client, config.model, config.out_dir, config.patience_s)
-        policy = load_policy(config.model, device, config.dtype)
-        frozen = config.reference_model or config.model
-        reference = load_policy(frozen, device, config.dtype) if config.kl_weight else None
-        trainer = Trainer(policy, reference, config, device)
-        checkpoints = Checkpoints(config.out_dir / "checkpoints", config.keep_checkpoints)
+        publisher = Publisher(client, config.model, config.out_dir, config.patience_s, ranks)
+        trainer = new_trainer(config, ranks)
+        policy = trainer.policy
+        checkpoints = Checkpoints(config.out_dir / "checkpoints", config.keep_checkpoints, ranks)
         state = resume(checkpoints, trainer, config)
         stream = PromptStream(questions, config.seed, _run_id(config))
         usable = partial(flaw, model_id=publisher.model_id, vocab_size=policy.config.vocab_size)
-        intake = Intake(client, stream, config, state, usable)
+        intake = Intake(client, stream, config, state, usable, stop)
         intake.give_back_from_before()
         publisher.align(policy, state)
         exports = Exports(config.model, config.out_dir, publisher.staged, publisher.dtype)
@@ -90,6 +85,20 @@ def started(config: LearnerConfig) -> Iterator[Run]:
                 )
             finally:
                 intake.give_back("the learner stops")
+
+
+def new_trainer(config: LearnerConfig, ranks: Ranks) -> Trainer:
+    """This rank's, with torch set up. Raises FieldError for a model that does not fit."""
+    torch.manual_seed(config.seed + ranks.rank)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    # shards move to the ranks' devices layer by layer: a whole model may not fit there
+    device = ranks.device if ranks.mesh is None else torch.device("cpu")
+    policy, reference = load_policy(config.model, device, config.dtype), None
+    if config.kl_weight or config.local_reference == "reference":
+        frozen = config.reference_model or config.model
+        reference = load_policy(frozen, device, config.dtype)
+    return Trainer(policy, reference, config, ranks.device, ranks)
 
 
 def resume(checkpoints: Checkpoints, trainer: Trainer, config: LearnerConfig) -> TrainState:

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from ibtree.tree import Tree
-from learner.batch import trained_trees
+from learner.batch import TrainedTree, trained_trees
 from learner.config import LearnerConfig
 from learner.forward import Batch, forward_of
 from learner.math.loss import token_objective, truncated_importance, weighted_loss
 from learner.math.schedule import learning_rate
+from learner.ranks import ALONE, Ranks
+from learner.reference import by_reference
+from learner.sharding import shard, whole
 
 
 @dataclass
@@ -66,14 +69,36 @@ class StepFigures:
         self.seconds_compute += time.monotonic() - begin
 
 
+@dataclass
+class _Pass:
+    """A micro-batch on its way through the models, and what is kept of it between updates."""
+
+    batch: Batch
+    idle: bool
+    """Only so that this rank passes through the layers as often as the others."""
+    reference: Tensor | None
+    """The frozen reference's log-probabilities, if there is one."""
+    before: Tensor | None = None
+    """The policy's before the batch's first update."""
+
+
 class Trainer:
-    """Policy, optional frozen reference and optimiser on one device."""
+    """Policy, optional frozen reference and optimiser, on one device or spread over the ranks."""
 
     def __init__(
-        self, policy: Any, reference: Any | None, config: LearnerConfig, device: torch.device
+        self,
+        policy: Any,
+        reference: Any | None,
+        config: LearnerConfig,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.policy, self._reference = policy, reference
         self._config, self._forward = config, forward_of(config, policy, reference, device)
+        self._ranks = ranks
+        shard(policy, ranks, config, trained=True)
+        if reference is not None:
+            shard(reference, ranks, config, trained=False)
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
         )
@@ -83,34 +108,55 @@ class Trainer:
         (all, if uniform trees are not skipped).
 
         `version` is the weight version the policy has now, `updates` the optimiser steps before.
-        Without a tree left, or a finite loss and gradient, the weights stay.
+        Without a tree left, or a finite loss and gradient, the weights stay. All ranks take it at
+        once, each with a share of the trees; what they decide by is the same on all.
         """
-        config, figures = self._config, StepFigures()
-        trained = trained_trees(trees, config)
+        trained, figures = trained_trees(trees, self._config), StepFigures()
         figures.trained_trees = len(trained)
         if not trained:
             return figures
-        parts = list(self._forward.batches(trained))
-        before: list[Tensor | None] = [None] * len(parts)
-        for _ in range(config.optimizer_steps_per_batch):
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = 0.0
-            for i, part in enumerate(parts):
-                part_loss, before[i] = self._backward(part, before[i], version, figures)
-                loss += part_loss
-            figures.lr = learning_rate(config.lr, updates + figures.updates, config.warmup_steps)
-            if not self._update(loss, figures):
-                break
+        with self._ranks.together("step", trees, version=version, updates=updates):
+            passes = self._passes(trained, figures)
+            for _ in range(self._config.optimizer_steps_per_batch):
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = sum(self._backward(one, version, figures) for one in passes)
+                if not self._update(loss, updates, figures):
+                    break
+            self._add_up(figures)
         return figures
 
-    def _update(self, loss: float, figures: StepFigures) -> bool:
+    def _passes(self, trained: list[TrainedTree], figures: StepFigures) -> list[_Pass]:
+        """This rank's, as many as on any other."""
+        sizes = [len(one.tree.prompt) + one.tree.unique_tokens for one in trained]
+        own = [trained[i] for i in self._ranks.share(sizes)]
+        batches = list(self._forward.batches(own))
+        missing = round(self._ranks.most(len(batches))) - len(batches)
+        smallest = trained[sizes.index(min(sizes))]
+        spare = [next(iter(self._forward.batches([smallest])))] * missing if missing else []
+        references: list[Any] = [self._frozen(one, figures) for one in (*batches, *spare)]
+        if self._config.local_reference == "reference":
+            batches = by_reference(batches, references[: len(batches)], own, self._config)
+        idle = [False] * len(batches) + [True] * len(spare)
+        return [_Pass(*one) for one in zip((*batches, *spare), idle, references, strict=True)]
+
+    def _frozen(self, batch: Batch, figures: StepFigures) -> Tensor | None:
+        """The reference's log-probabilities; None without one."""
+        if self._reference is None:
+            return None
+        with figures.computing(), torch.no_grad():
+            return self._forward.logprobs(self._reference, batch)
+
+    def _update(self, loss: float, updates: int, figures: StepFigures) -> bool:
         """Takes the optimiser step, unless loss or gradient are not finite."""
         with figures.computing():
+            (loss,) = self._ranks.sum([loss])
             norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self._config.grad_clip)
-            figures.grad_norm = float(norm)
+            figures.grad_norm = float(whole(norm))
             figures.loss += loss
             figures.passes += 1
             figures.bad = not math.isfinite(loss + figures.grad_norm)
+            done = updates + figures.updates
+            figures.lr = learning_rate(self._config.lr, done, self._config.warmup_steps)
             if not figures.bad:
                 for group in self.optimizer.param_groups:
                     group["lr"] = figures.lr
@@ -118,21 +164,18 @@ class Trainer:
                 figures.updates += 1
         return not figures.bad
 
-    def _backward(
-        self, batch: Batch, before: Tensor | None, version: int, figures: StepFigures
-    ) -> tuple[float, Tensor]:
-        """Adds the part's gradient; returns its loss and the policy's log-probabilities `before`
-        the batch's first update, None in the first pass: they are this one's."""
+    def _backward(self, one: _Pass, version: int, figures: StepFigures) -> float:
+        """Adds the pass's gradient; returns its loss."""
+        batch = one.batch
         with figures.computing():
             logp = self._forward.logprobs(self.policy, batch)
-            reference = None
-            if self._reference is not None:
-                with torch.no_grad():
-                    reference = self._forward.logprobs(self._reference, batch)
-            before = logp.detach() if before is None else before
+            if one.idle:
+                (logp.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
+                return 0.0
+            one.before = logp.detach() if one.before is None else one.before
             old, correction = batch.old_logp, None
             if self._config.old_logprobs == "trainer":
-                old = before
+                old = one.before
                 cap = self._config.importance_cap
                 correction = truncated_importance(old, batch.old_logp, cap)
             objective = token_objective(
@@ -141,7 +184,7 @@ class Trainer:
                 batch.advantage,
                 clip_low=self._config.clip_low,
                 clip_high=self._config.clip_high,
-                ref_logp=reference,
+                ref_logp=one.reference,
                 correction=correction,
             )
             total = weighted_loss(objective, batch.weight, self._config.kl_weight)
@@ -154,8 +197,16 @@ class Trainer:
         figures.tokens += float(counted.sum())
         own = (batch.versions == version) & (counted > 0)
         if own.any():
-            gap = (before - batch.old_logp).abs()[own]
+            gap = (one.before - batch.old_logp).abs()[own]
             figures.gap_sum += float(gap.sum())
             figures.gap_max = max(figures.gap_max, float(gap.max()))
             figures.gap_tokens += gap.numel()
-        return loss, before
+        return loss
+
+    def _add_up(self, figures: StepFigures) -> None:
+        """What each rank counted becomes what all counted; loss and gradient are that already."""
+        names = ("kl", "clipped", "tokens", "gap_sum", "gap_tokens")
+        totals = self._ranks.sum([getattr(figures, name) for name in names])
+        for name, total in zip(names, totals, strict=True):
+            setattr(figures, name, total)
+        figures.gap_max = self._ranks.most(figures.gap_max)

@@ -14,7 +14,8 @@ from tests.learner.tiny import flat_tree
 class Queue:
     """Duck-typed ibtree.client.Client and the server behind it. Trees are graded when submitted,
     unless their number is in `dying`; those in `problems` do not decode; waiting and `sleep`
-    advance the clock. A tree given back three times is dead, by its last reason."""
+    advance the clock. Prompts fit after `full_s`. A tree given back three times is dead, by its
+    last reason."""
 
     def __init__(self, dying: set[int] = frozenset()) -> None:
         self.now, self.dying, self._ids = 0.0, dying, count()
@@ -26,6 +27,7 @@ class Queue:
         self.problems: dict[str, str] = {}
         self.dead: dict[str, str] = {}
         self.fail: dict[str, grpc.StatusCode] = {}
+        self.full_s = 0.0
 
     def monotonic(self) -> float:
         return self.now
@@ -44,8 +46,11 @@ class Queue:
         if code:
             raise RpcFailed(method, "here", code, "told to")
 
-    def submit_prompts(self, prompts, *, wait):
+    def submit_prompts(self, prompts, *, timeout_s, wait):
         assert wait
+        self.now += self.full_s
+        if self.full_s > timeout_s:
+            raise RpcFailed("SubmitPrompts", "here", grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
         for prompt in prompts:
             if prompt.id not in self.submitted:
                 self.submitted.append(prompt.id)

@@ -215,6 +215,12 @@ class RecordedServer:
         self._journal.close()
 
 
+def torchrun(ranks: int) -> list[str]:
+    """The command that starts what follows as often as there are ranks on this machine."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*line, f"--nproc-per-node={ranks}"]
+
+
 class Learner:
     """A learner process; `start` again resumes its run."""
 
@@ -239,19 +245,23 @@ class Learner:
             *options,
         ]
 
-    def start(self, *, largest_file: int = resource.RLIM_INFINITY) -> subprocess.Popen[bytes]:
-        """`largest_file` [bytes] is a limit of the operating system, like a disk that is full."""
+    def start(
+        self, *more: str, ranks: int = 0, largest_file: int = resource.RLIM_INFINITY
+    ) -> subprocess.Popen[bytes]:
+        """With `ranks`, torchrun and as many learners. `largest_file` [bytes] is a limit of the
+        operating system, like a disk that is full."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        line = [sys.executable, "-c", _LIMITED, str(largest_file), *self._arguments]
+        line = [sys.executable, "-c", _LIMITED, str(largest_file), *self._arguments, *more]
+        line = [*torchrun(ranks), "--no-python", *line] if ranks else line
         with self.log.open("ab") as file:
             return subprocess.Popen(line, stdout=file, stderr=file, env=environment, cwd=ROOT)
 
-    def run_here(self) -> str:
+    def run_here(self, *more: str) -> str:
         """To the end in this process, which is faster; its last words, empty if all went well."""
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("sys.argv", ["learner", *self._arguments])
+                patch.setattr("sys.argv", ["learner", *self._arguments, *more])
                 main()
         except SystemExit as end:
             return str(end.code)

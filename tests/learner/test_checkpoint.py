@@ -143,7 +143,7 @@ def test_a_kill_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     target = {
-        "weights": "learner.checkpoint.save",
+        "weights": "learner.shards.save",
         "state": "pathlib.Path.write_text",
         "rename": "pathlib.Path.rename",
     }[when]

@@ -25,12 +25,12 @@ def make(tmp_path, monkeypatch):
     """A function from a queue, a state and options to an Intake on the queue's clock."""
 
     def build(
-        queue: Queue, state: TrainState | None = None, flaw=lambda _: "", **options
+        queue: Queue, state: TrainState | None = None, flaw=lambda _: "", stop=(), **options
     ) -> Intake:
         monkeypatch.setattr("learner.intake.time", queue)
         chosen = config(**{"prompts_per_step": 3, "out_dir": tmp_path, "lease_s": 60.0, **options})
         stream = PromptStream(QUESTIONS, 0, "run")
-        return Intake(queue, stream, chosen, TrainState() if state is None else state, flaw)
+        return Intake(queue, stream, chosen, TrainState() if state is None else state, flaw, stop)
 
     return build
 
@@ -68,12 +68,31 @@ def test_prompts_are_submitted_ahead_and_once(make):
 def test_many_prompts_go_in_several_calls(make):
     queue, sizes = Queue(), []
     submit = queue.submit_prompts
-    queue.submit_prompts = lambda prompts, wait: (
+    queue.submit_prompts = lambda prompts, **how: (
         sizes.append(len(prompts)),
-        submit(prompts, wait=wait),
+        submit(prompts, **how),
     )
     make(queue, prompts_per_step=1250).submit_ahead()
     assert sizes == [1000, 1000, 500] and len(queue.submitted) == 2500
+
+
+def test_prompts_wait_for_room_as_long_as_the_patience_lasts(make):
+    queue = Queue()
+    queue.full_s = 1000.0
+    make(queue, patience_s=1001.0).submit_ahead()
+    assert len(queue.submitted) == 6
+    with pytest.raises(RpcFailed, match="full"):
+        make(queue, patience_s=999.0).submit_ahead()
+
+
+def test_told_to_stop_it_waits_no_longer(make):
+    queue = Queue(dying={1})
+    stop: list[int] = []
+    lease = queue.lease_trees
+    queue.lease_trees = lambda *args, **how: (stop.append(15), lease(*args, **how))[1]
+    intake = make(queue, stop=stop)
+    intake.submit_ahead()
+    assert ids(intake.lease_step()) == ["run/0", "run/2"] and not queue.now
 
 
 def test_a_step_is_leased_noted_and_acked(make, tmp_path):

@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "uniform kept": {"skip_uniform_trees": False, "local_weight": 1.0},
     "uniform counted": {"uniform_in_denominator": True, "clip_low": 0.1, "clip_high": 0.4},
     "trainer": {"old_logprobs": "trainer", "importance_cap": 1.3},
+    "by the reference": {"local_reference": "reference", "local_weight": 1.0},
+    "cut by the reference": {"local_reference": "reference", "micro_batch_tokens": 60},
     "cut": {"micro_batch_tokens": 60},
     "a trajectory a part": {"micro_batch_tokens": 1},
     "chunks": {"logits_chunk_tokens": 7},

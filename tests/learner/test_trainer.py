@@ -30,11 +30,14 @@ from tests.reference.slow_loss import Policy
 
 PROMPT = (7, 8)
 TEMPERATURE = 0.7
+BY_REFERENCE = {"local_reference": "reference", "local_weight": 2.0, "micro_batch_tokens": 20}
 OPTIONS = [
     {"length_norm": "trajectory", "old_logprobs": "trainer", "importance_cap": 1.1},
     {"length_norm": "token", "trajectory_weight": "draws", "skip_uniform_trees": False},
     {"length_norm": "constant", "max_new_tokens": 20},
     {"length_norm": "trajectory", "uniform_in_denominator": True},
+    {"length_norm": "token", **BY_REFERENCE},
+    {"length_norm": "constant", "confidence": "sibling", "kl_weight": 0.0, **BY_REFERENCE},
 ]
 
 
