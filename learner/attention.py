@@ -141,13 +141,17 @@ def install(model: Any) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attend)
-    if hasattr(model, "set_attn_implementation"):
-        try:
-            model.set_attn_implementation(NAME)
-        except ValueError as error:
-            raise unfit(f"{type(model).__name__}: {error}") from error
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) != NAME:
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise unfit(f"{type(model).__name__}: {error}") from error
+    if not installed(model):
         raise unfit(f"{type(model).__name__} does not use transformers' attention interface")
+
+
+def installed(model: Any) -> bool:
+    """True if the model's attention goes through TreeAttention."""
+    return bool(model.config._attn_implementation == NAME)
 
 
 def _attend(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.attention import SegmentAttention, install, unfit
+from ibtree.errors import FieldError
+from learner.attention import SegmentAttention, install, installed, unfit
 from learner.math.packing import layout
 from learner.model import features
 
@@ -25,23 +26,36 @@ class _Counted(SegmentAttention):
         return super().attend(query, key, value, scale)
 
 
-@torch.no_grad()
 def prepare(model: Any) -> None:
-    """Switches the model's attention to packed trees.
+    """Switches the model's attention to packed trees; a second time does nothing.
 
-    Raises FieldError, with the reason, for a model that reads more than a token's ancestors or
-    whose logits are not those of its trajectories: sliding windows, state space, attention or a
-    head of another kind.
+    Raises FieldError, with the reason, and leaves the model as it was, if it reads more than a
+    token's ancestors or its logits are not those of its trajectories: sliding windows, state
+    space, attention or a head of another kind.
     """
+    if installed(model):
+        return
+    before = model.config._attn_implementation
+    try:
+        _try_out(model)
+    except FieldError:
+        if installed(model):
+            model.set_attn_implementation(before)
+        raise
+
+
+@torch.no_grad()
+def _try_out(model: Any) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     placed = layout([0, 0, 0], [PROMPT, BRANCH, BRANCH])
-    ids = (torch.arange(1, PROMPT + 2 * BRANCH + 1) * 7 % size).to(model.device)
+    attention = _Counted(placed.predecessor, placed.position)
+    ids = (torch.arange(len(placed.node)) * 7 % size).to(model.device)
+    position = placed.position.to(model.device)
     rows = torch.stack([ids[: PROMPT + BRANCH], torch.cat([ids[:PROMPT], ids[-BRANCH:]])])
     want = model(input_ids=rows, use_cache=False).logits
     install(model)
-    attention = _Counted(placed.predecessor, placed.position)
     try:
-        found = model.get_output_embeddings()(features(model, ids, placed.position, attention))
+        found = model.get_output_embeddings()(features(model, ids, position, attention))
     except TypeError as error:
         raise unfit(f"it does not hand arguments on to its attention ({error})") from error
     layers = model.config.get_text_config().num_hidden_layers

@@ -10,16 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from learner.attention import FlexTreeAttention, SegmentAttention, TreeAttention
+from learner.attention import BLOCK, FlexTreeAttention, SegmentAttention, TreeAttention
 from learner.batch import Rows, TrainedTree, pad, split_rows, tree_rows
 from learner.config import LearnerConfig
 from learner.fits import prepare
 from learner.model import checkpoint_activations, packed_logprobs, token_logprobs
 from learner.pack import Pack, packs, padded, tree_pieces
 
-BLOCK = 128
-"""Packs on the GPU are a multiple of this long [tokens], in at most BUCKETS lengths."""
 BUCKETS = 8
+"""Lengths that packs on the GPU are padded to: FlexAttention is compiled for each."""
 
 
 class Batch(Protocol):
@@ -71,12 +70,13 @@ class PackedForward:
         limit = self._config.micro_batch_tokens
         pieces = [piece for tree in trees for piece in tree_pieces(tree, self._config)]
         for pack in packs(pieces, limit):
+            attention: TreeAttention
             if self._device.type == "cuda":
                 pack = padded(pack, bucket(len(pack.ids), limit)).to(self._device)
-                yield PackedBatch(**vars(pack), attention=FlexTreeAttention(pack.last))
+                attention = FlexTreeAttention(pack.last)
             else:
                 attention = SegmentAttention(pack.predecessor, pack.position)
-                yield PackedBatch(**vars(pack), attention=attention)
+            yield PackedBatch(**vars(pack), attention=attention)
 
     def logprobs(self, model: Any, batch: PackedBatch) -> Tensor:
         """Of each token with a term in the loss, [T]."""
@@ -127,6 +127,7 @@ def forward_of(
 
 
 def bucket(tokens: int, limit: int) -> int:
-    """The length a pack of so many tokens is padded to: one of BUCKETS up to `limit`."""
+    """The length a pack of so many tokens is padded to: one of BUCKETS up to `limit`, or further
+    multiples of the smallest for a trajectory that is longer."""
     unit = -(-limit // (BUCKETS * BLOCK)) * BLOCK
     return -(-tokens // unit) * unit

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from ibtree.tree import Tree
-from learner.attention import SegmentAttention
+from learner.attention import BLOCK, FlexTreeAttention, SegmentAttention
+from learner.batch import trained_trees
+from learner.forward import BUCKETS, PackedForward, bucket
+from learner.pack import padded
 from learner.trainer import StepFigures, Trainer
 from tests.learner.test_packing import SHAPES, tree_of
 from tests.learner.tiny import CPU, causal_lm, config, in_float64, mixed_batch, settings_of
@@ -152,6 +157,30 @@ def test_bfloat16_weights_train(kind):
     assert all(g.dtype == torch.bfloat16 for g in packed.values())
     whole, other = flat(slopes).float(), flat(packed).float()
     assert float(torch.cosine_similarity(whole, other, dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_in_the_model_gives_the_same_log_probabilities(kind):
+    """As on a GPU, but forward only and not compiled: padded, block mask, grouped heads."""
+    model = model_of(kind, 1)
+    model.requires_grad_(False)
+    forward = PackedForward([model], config(skip_uniform_trees=False), CPU)
+    batch = next(iter(forward.batches(trained_trees(all_shapes(), config()))))
+    long = padded(batch, bucket(len(batch.ids), 4096))
+    assert len(long.ids) % BLOCK == 0 and len(long.ids) > len(batch.ids)
+    long = replace(long, attention=FlexTreeAttention(long.last, flex_attention))
+    want, found = forward.logprobs(model, batch), forward.logprobs(model, long)
+    assert torch.allclose(found, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [100, 1024, 16384, 100_000])
+def test_packs_have_few_lengths(limit):
+    lengths = {bucket(tokens, limit) for tokens in range(1, limit + 1, 7)}
+    assert len(lengths) <= BUCKETS and all(length % BLOCK == 0 for length in lengths)
+    for tokens in (1, 127, 128, 129, limit, 3 * limit):
+        waste = bucket(tokens, limit) - tokens
+        assert 0 <= waste < limit / BUCKETS + BLOCK
 
 
 @pytest.mark.parametrize("forward", ["packed", "trajectory"])
