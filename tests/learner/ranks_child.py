@@ -30,15 +30,15 @@ from tests.learner.tiny import CPU, causal_lm, config
 TIMEOUT_S = 8
 TREES = [tree_of(shape) for shape in SHAPES if shape[0] < 20]
 CASES: dict[str, dict[str, Any]] = {
-    "several passes": {"micro_batch_tokens": 60},
-    "token": {"length_norm": "token", "micro_batch_tokens": 100},
+    "several passes": {"micro_batch_tokens": 150},
+    "token": {"length_norm": "token"},
     "constant": {"length_norm": "constant", "max_new_tokens": 50},
     "draws": {"trajectory_weight": "draws", "value_estimator": "backup", "local_scale": "step"},
     "uniform counted": {"uniform_in_denominator": True},
     "trainer": {"old_logprobs": "trainer", "optimizer_steps_per_batch": 3},
-    "reference": {"local_reference": "reference", "local_weight": 1.0, "micro_batch_tokens": 90},
-    "checkpointing": {"activation_checkpointing": True, "micro_batch_tokens": 100},
-    "trajectory": {"forward": "trajectory", "micro_batch_tokens": 100},
+    "reference": {"local_reference": "reference", "local_weight": 1.0, "micro_batch_tokens": 150},
+    "checkpointing": {"activation_checkpointing": True},
+    "trajectory": {"forward": "trajectory", "micro_batch_tokens": 1000},
     "no reference": {"kl_weight": 0.0},
 }
 
