@@ -34,6 +34,7 @@ from ibtree.v1 import (
     cache_pb2_grpc,
     queue_pb2,
     queue_pb2_grpc,
+    sampling_pb2,
     sampling_pb2_grpc,
     weights_pb2,
     weights_pb2_grpc,
@@ -79,7 +80,11 @@ class Client:
     ) -> Iterator[Expansion | Tree]:
         """Grows one tree: an Expansion per finished rollout, at last the Tree. `include_text` asks
         for the expansions' `text` and the tree's `texts`."""
-        request = wire_calls.sample_request(prompt, include_text)
+        return self._sample(wire_calls.sample_request(prompt, include_text), timeout_s)
+
+    def _sample(
+        self, request: sampling_pb2.SampleTreeRequest, timeout_s: float
+    ) -> Iterator[Expansion | Tree]:
         deadline = Deadline(timeout_s)
         while True:
             call = self._sampling.SampleTree(request, timeout=deadline.left_s)
@@ -97,7 +102,8 @@ class Client:
         self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> Tree:
         """Grows one tree and returns it; with its `texts` if `include_text`."""
-        for event in self.sample_events(prompt, include_text=include_text, timeout_s=timeout_s):
+        request = wire_calls.sample_request(prompt, include_text, tree_only=True)
+        for event in self._sample(request, timeout_s):
             if isinstance(event, Tree):
                 return event
         raise RpcFailed("SampleTree", self.target, grpc.StatusCode.INTERNAL, "ended without a tree")
@@ -196,12 +202,16 @@ class AsyncClient:
                 name = method._method.decode().rsplit("/", 1)[-1]
                 await asyncio.sleep(deadline.pause_s(failure(name, self.target, error)))
 
-    async def sample_events(
+    def sample_events(
         self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> AsyncIterator[Expansion | Tree]:
         """Grows one tree: an Expansion per finished rollout, at last the Tree. `include_text` asks
         for the expansions' `text` and the tree's `texts`."""
-        request = wire_calls.sample_request(prompt, include_text)
+        return self._sample(wire_calls.sample_request(prompt, include_text), timeout_s)
+
+    async def _sample(
+        self, request: sampling_pb2.SampleTreeRequest, timeout_s: float
+    ) -> AsyncIterator[Expansion | Tree]:
         deadline = Deadline(timeout_s)
         while True:
             call = self._sampling.SampleTree(request, timeout=deadline.left_s)
@@ -219,9 +229,8 @@ class AsyncClient:
         self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> Tree:
         """Grows one tree and returns it; with its `texts` if `include_text`."""
-        async for event in self.sample_events(
-            prompt, include_text=include_text, timeout_s=timeout_s
-        ):
+        request = wire_calls.sample_request(prompt, include_text, tree_only=True)
+        async for event in self._sample(request, timeout_s):
             if isinstance(event, Tree):
                 return event
         raise RpcFailed("SampleTree", self.target, grpc.StatusCode.INTERNAL, "ended without a tree")

@@ -63,9 +63,12 @@ def _content(message: sampling_pb2.Prompt) -> str | tuple[int, ...] | Chat:
     return tuple(message.token_ids.ids)
 
 
-def sample_request(prompt: Prompt, include_text: bool) -> sampling_pb2.SampleTreeRequest:
-    message = prompt_to_proto(prompt)
-    return sampling_pb2.SampleTreeRequest(prompt=message, include_text=include_text)
+def sample_request(
+    prompt: Prompt, include_text: bool, tree_only: bool = False
+) -> sampling_pb2.SampleTreeRequest:
+    return sampling_pb2.SampleTreeRequest(
+        prompt=prompt_to_proto(prompt), include_text=include_text, tree_only=tree_only
+    )
 
 
 def submit_request(prompts: Iterable[Prompt]) -> sampling_pb2.SubmitPromptsRequest:

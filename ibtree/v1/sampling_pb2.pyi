@@ -155,8 +155,11 @@ class SampleTreeRequest(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     INCLUDE_TEXT_FIELD_NUMBER: _builtins.int
+    TREE_ONLY_FIELD_NUMBER: _builtins.int
     include_text: _builtins.bool
     """Fill `text` in the events and `texts` in the tree, for callers without the tokenizer."""
+    tree_only: _builtins.bool
+    """Send no expansions, only the tree: for callers that show no progress."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """The question. Must be there."""
@@ -166,10 +169,11 @@ class SampleTreeRequest(_message.Message):
         *,
         prompt: Global___Prompt | None = ...,
         include_text: _builtins.bool = ...,
+        tree_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_text", b"include_text", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_text", b"include_text", "prompt", b"prompt", "tree_only", b"tree_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ibtree.errors import BusyError, FieldError
+from ibtree.messages import Expansion
 from ibtree.tree import Tree
 from ibtree.v1 import sampling_pb2 as pb
 from ibtree.v1 import sampling_pb2_grpc
@@ -40,22 +41,20 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         async with reported(context):
             job = self._forest.check(prompt_from_proto(request.prompt, self._forest.defaults))
             job = replace(job, include_text=request.include_text, urgent=True)
-            async for message in self._events(job):
+            async for message in self._events(job, tree_only=request.tree_only):
                 yield message
 
-    async def _events(self, job: Job) -> AsyncIterator[pb.SampleTreeResponse]:
+    async def _events(self, job: Job, *, tree_only: bool) -> AsyncIterator[pb.SampleTreeResponse]:
         arrived = time.time()
         events: asyncio.Queue[pb.SampleTreeResponse | None] = asyncio.Queue()
 
+        def emit(event: Expansion) -> None:
+            if not tree_only:
+                events.put_nowait(pb.SampleTreeResponse(expansion=expansion_to_proto(event)))
+
         async def grow() -> Tree:
             async with self._forest.calls.place():
-                return await self._forest.grow(
-                    job,
-                    lambda e: events.put_nowait(
-                        pb.SampleTreeResponse(expansion=expansion_to_proto(e))
-                    ),
-                    arrived,
-                )
+                return await self._forest.grow(job, emit, arrived)
 
         growth = asyncio.create_task(grow())
         growth.add_done_callback(lambda _: events.put_nowait(None))

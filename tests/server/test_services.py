@@ -14,8 +14,8 @@ from ibtree import Client, Tree
 from ibtree.client import RpcFailed
 from ibtree.messages import Expansion
 from ibtree.tree import Finish, StopCause
-from ibtree.v1 import sampling_pb2
-from ibtree.wire_calls import prompt_to_proto
+from ibtree.v1 import sampling_pb2, sampling_pb2_grpc
+from ibtree.wire_calls import event_from_proto, prompt_to_proto, sample_request
 from server_ext.engine import EngineError
 from tests.server.fakes import until
 from tests.server.site import DEFAULTS, Site, prompt
@@ -80,6 +80,14 @@ async def test_the_same_by_the_synchronous_client(site):
     assert len(expansions) == 6
     check_tree(site, tree)
     assert (again.parents, again.steps, again.ends) == (tree.parents, tree.steps, tree.ends)
+
+
+async def test_only_the_tree_if_asked(site):
+    request = sample_request(prompt(id="mine"), include_text=False, tree_only=True)
+    async with grpc.aio.insecure_channel(site.target) as channel:
+        call = sampling_pb2_grpc.TreeSamplingServiceStub(channel).SampleTree(request, timeout=20)
+        [message] = [message async for message in call]
+    check_tree(site, event_from_proto(message))
 
 
 async def test_options_of_the_call_and_token_ids(site):
