@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 HEAVY = {"torch", "sglang", "transformers", "pydantic", "pydantic_settings", "rich", "safetensors"}
-HEAVY |= {"pyarrow", "datasets", "pandas"}
+HEAVY |= {"pyarrow", "datasets", "pandas", "zstandard"}
 SCRIPT = """
 import json, sys, time
 began = time.perf_counter()
@@ -35,6 +35,6 @@ def test_import_is_light_and_fast():
 
 
 def test_the_client_is_light_too():
-    names = "ibtree.client, ibtree.wire, ibtree.score, ibtree.weights, ibtree.questions, ibtree.cli"
+    names = "ibtree.client, ibtree.wire, ibtree.score, ibtree.weight_delta, ibtree.questions, ibtree.cli"
     _, modules = fresh(SCRIPT.replace("import ibtree\n", f"import {names}\n"))
     assert "grpc" in modules and not HEAVY & modules
