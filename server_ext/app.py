@@ -97,7 +97,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             del server  # the traceback would keep it until gRPC itself is gone, and crash the exit
             raise
         stack.callback(engine.shutdown)
-        store = WeightStore(config.data_dir / "weights", model_id)
+        store = WeightStore(config.data_dir / "weights", model_id, config.keep_weights)
         specs = checkpoint_specs(config.model)
         updater = WeightUpdater(engine, store, config.model, specs, model_id)
         await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
@@ -204,6 +204,7 @@ def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngi
         config.drain_timeout_s,
         sglang_arguments,
         config.radix_cache,
+        config.weight_switch,
     )
 
 
@@ -229,7 +230,8 @@ def _add_services(
     queue = QueueService(journal, producer, config.lease_s, lambda: sampling.interactive)
     sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, server)
     queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, server)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsService(updater), server)
+    weights = WeightsService(updater, config.shared_dir)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     return producer
 
 
