@@ -62,8 +62,7 @@ def _opened(root: Path, names: tuple[str, ...]) -> BinaryIO:
         raise FieldError(_FIELD, problem, "a file in the shared folder, no link") from error
     finally:
         os.close(at)
-    file = os.fdopen(handle, "rb")
     if not stat.S_ISREG(os.fstat(handle).st_mode):
-        file.close()
+        os.close(handle)
         raise FieldError(_FIELD, f"{'/'.join(names)} is no file", "a file in the shared folder")
-    return file
+    return os.fdopen(handle, "rb")
