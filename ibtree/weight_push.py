@@ -104,12 +104,13 @@ class Resumption:
         self._failures, self._reached = 0, -1
 
     def pause_s(self, failed: RpcFailed, started_at: int | None) -> float:
-        """Seconds until the next attempt; raises the failure if the server refused, never answered
-        (the channel has tried again then), or got no further in several attempts."""
-        if failed.code is not grpc.StatusCode.UNAVAILABLE or started_at is None:
+        """Seconds until the next attempt; raises the failure if the server refused, or if it got no
+        further in several attempts. `started_at`: see Exchange."""
+        if failed.code is not grpc.StatusCode.UNAVAILABLE:
             raise failed
-        self._failures = 1 if started_at > self._reached else self._failures + 1
-        self._reached = max(self._reached, started_at)
+        reached = -1 if started_at is None else started_at
+        self._failures = 1 if reached > self._reached else self._failures + 1
+        self._reached = max(self._reached, reached)
         if self._failures >= _FAILURES:
             raise failed
         return _PAUSE_S * 2.0 ** (self._failures - 1)

@@ -176,7 +176,7 @@ class FakeEngine:
     def logprob(self, prefix: Sequence[int], token: int) -> float:
         """Of the weights it holds."""
         total = sum(float(tensor.float().sum()) for tensor in self.weights.values())
-        return -abs(total + len(prefix) + token / 7) % 5.0
+        return -(abs(total + len(prefix) + token / 7) % 5.0)
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
