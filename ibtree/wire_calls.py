@@ -25,7 +25,7 @@ from ibtree.messages import (
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
 from ibtree.v1 import cache_pb2, queue_pb2, reward_pb2, sampling_pb2, tree_pb2, weights_pb2
-from ibtree.weights import CHUNK_BYTES, Canary, TensorSpec, WeightManifest
+from ibtree.weights import SENT_BYTES, Canary, TensorSpec, WeightManifest
 from ibtree.wire import options_from_proto, options_to_proto, tree_from_proto
 
 _STATE = "WEIGHT_STATE_"
@@ -168,10 +168,10 @@ def push_first(manifest: WeightManifest, shared_path: str = "") -> weights_pb2.P
 
 
 def push_chunks(path: Path, start: int) -> Iterator[weights_pb2.PushWeightsRequest]:
-    """The file from this byte on, in chunks of at most 2 MiB."""
+    """The file from this byte on, in chunks."""
     with path.open("rb") as file:
         file.seek(start)
-        while data := file.read(CHUNK_BYTES):
+        while data := file.read(SENT_BYTES):
             chunk = weights_pb2.WeightChunk(offset=start, data=data, crc32=zlib.crc32(data))
             yield weights_pb2.PushWeightsRequest(chunk=chunk)
             start += len(data)

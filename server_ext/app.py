@@ -49,6 +49,7 @@ from server_ext.rewards.regex import RegexGrader
 from server_ext.rewards.remote import RemoteGrader
 from server_ext.rewards.self_consistency import SelfConsistencyGrader
 from server_ext.services.cache import CacheService
+from server_ext.services.channel import SERVER_OPTIONS
 from server_ext.services.health import Health, serve_health
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
@@ -60,12 +61,6 @@ from server_ext.weights.updater import WeightUpdater
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_GRPC_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -78,7 +73,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         defaults = options_from(config)
         check_job_names(defaults, graders, config.grader)
 
-        server = grpc.aio.server(options=_GRPC_OPTIONS)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         port = _bind("port", config, partial(_add_port, server))
         health = Health()
         health_server, health_port = _bind("health_port", config, partial(serve_health, health))

@@ -81,12 +81,13 @@ class _Stream:
         at = start
         async for request in self._requests:
             chunk = request.chunk
-            if not request.HasField("chunk") or not 0 < len(chunk.data) <= CHUNK_BYTES:
-                problem = f"{len(chunk.data)} bytes" if request.HasField("chunk") else "missing"
+            data = chunk.data  # a copy, each time it is asked for
+            if not request.HasField("chunk") or not 0 < len(data) <= CHUNK_BYTES:
+                problem = f"{len(data)} bytes" if request.HasField("chunk") else "missing"
                 raise FieldError("chunk", problem, f"1 to {CHUNK_BYTES} bytes a message")
             if chunk.offset != at:
                 raise FieldError("chunk.offset", f"got {chunk.offset}", f"{at}: in order")
-            if zlib.crc32(chunk.data) != chunk.crc32:
+            if zlib.crc32(data) != chunk.crc32:
                 raise BrokenPushError(f"the chunk at byte {at} was damaged on its way; push again")
-            yield chunk.data
-            at += len(chunk.data)
+            yield data
+            at += len(data)

@@ -81,10 +81,13 @@ class WeightStore:
         """Whether a delta may be kept as it is; if not, its result has to be."""
         return bool(self.kept) and len(self.kept[-1].files) < _LONGEST_CHAIN
 
-    def keep(self, version: int, *, delta: bool = False) -> tuple[str, ...]:
-        """Makes the staged file durable; returns the files that give the version."""
+    def sync_staging(self) -> None:
         with self.staging.open("rb") as file:
             os.fsync(file.fileno())
+
+    def keep(self, version: int, *, delta: bool = False) -> tuple[str, ...]:
+        """Makes the staged file durable; returns the files that give the version."""
+        self.sync_staging()
         name = f"{version}.delta.safetensors" if delta else f"{version}.safetensors"
         self.staging.rename(self._dir / name)
         self._sync()

@@ -158,7 +158,12 @@ class WeightUpdater:
         """From received to applied; returns the pause [s]."""
         before = dict(self._host.specs)
         try:
-            await asyncio.to_thread(self._verify, manifest)
+            # the disk writes while the processor hashes; neither may go on after the other failed
+            verifying = asyncio.to_thread(self._verify, manifest)
+            writing = asyncio.to_thread(self._store.sync_staging)
+            for done in await asyncio.gather(verifying, writing, return_exceptions=True):
+                if isinstance(done, BaseException):
+                    raise done
             self._enter(WeightState.VERIFIED, manifest.version)
             stored = await asyncio.to_thread(self._stage, manifest)
             self._enter(WeightState.STAGED, manifest.version)

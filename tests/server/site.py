@@ -29,6 +29,7 @@ from server_ext.producer import JournalThread, Producer
 from server_ext.rewards.base import Graders
 from server_ext.rewards.exact import ExactGrader
 from server_ext.services.cache import CacheService
+from server_ext.services.channel import SERVER_OPTIONS
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
@@ -80,7 +81,7 @@ class Site:
         self.sampling = SamplingService(self.forest, self.journal, self.producer, max_queued)
 
     async def __aenter__(self) -> Self:
-        self.server = grpc.aio.server(options=[("grpc.max_receive_message_length", 2**26)])
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
         sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(self.sampling, self.server)
         queue = QueueService(self.journal, self.producer, 60.0, lambda: self.sampling.interactive)
         queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, self.server)

@@ -75,8 +75,8 @@ async def way(site, request):
 
 @pytest.fixture
 def small_chunks(monkeypatch) -> None:
-    for module in ("ibtree.wire_calls", "server_ext.weights.shared"):
-        monkeypatch.setattr(f"{module}.CHUNK_BYTES", 50)
+    monkeypatch.setattr("ibtree.wire_calls.SENT_BYTES", 50)
+    monkeypatch.setattr("server_ext.weights.shared.CHUNK_BYTES", 50)
 
 
 async def test_whole_versions_and_deltas_of_many_chunks(way, site, small_chunks):
@@ -163,7 +163,7 @@ async def test_a_file_that_ends_early_or_goes_on(way, site):
 def large(monkeypatch) -> None:
     """Tensors of some megabytes, in chunks of 64 KiB."""
     monkeypatch.setitem(versions.SHAPES, "model.a", (300_000, 3))
-    monkeypatch.setattr("ibtree.wire_calls.CHUNK_BYTES", 65536)
+    monkeypatch.setattr("ibtree.wire_calls.SENT_BYTES", 65536)
 
 
 async def test_a_broken_stream_goes_on_where_it_stopped(large, tmp_path, monkeypatch):

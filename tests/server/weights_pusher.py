@@ -26,7 +26,7 @@ def said(path: Path, start: int) -> Any:
 
 if __name__ == "__main__":
     target, file, version, chunk_bytes = sys.argv[1:]
-    wire_calls.CHUNK_BYTES = int(chunk_bytes)  # type: ignore[misc]
+    wire_calls.SENT_BYTES = int(chunk_bytes)  # type: ignore[misc]
     weight_push.push_chunks = said
     with Client(target, timeout_s=20) as client:
         client.push_weights(make_manifest(Path(file), int(version), MODEL_ID), Path(file))
