@@ -45,7 +45,7 @@ bench-%: setup
 
 # The tests' kill loops at full length.
 soak: setup
-	IBTPO_SOAK=1 $(PY) -m pytest tests/fault
+	IBTPO_SOAK=1 $(PY) -m pytest tests/fault tests/learner/test_resume.py
 
 soak-weights: setup
 	IBTPO_SOAK=1 $(PY) -m pytest --timeout 3000 tests/server/test_weights_killed.py

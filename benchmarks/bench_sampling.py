@@ -1,7 +1,8 @@
 """`make bench-sampling`: every strategy on the same problems, a table like the paper's Table 3.
 
-Settings are interleaved problem set by problem set, on one engine; a seed is one set of problems.
-`--problems` and `--seeds` make it shorter.
+Settings take turns problem set by problem set, on one engine; a seed is one set of problems. Parts:
+table, wall (wall times of the schedules); without a name both. `--problems`, `--seeds` and
+`--pairs` make it shorter.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +29,9 @@ ARITH = HERE.parent / "examples" / "arith"
 MODEL = ARITH / "model"
 TASKS = {"easy": 6, "chains": 10}
 """Terms of each task's problems."""
-T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t at 97.5 % by number of seeds."""
+PARTS = ["table", "wall"]
+Rows = dict[str, dict[str, tuple[float, float]]]
+"""Mean and half interval of each figure of each setting on each task."""
 
 
 class Setting(NamedTuple):
@@ -60,29 +63,28 @@ SETTINGS = [
 ]
 
 
-def figures_of(trees: list[Any], seconds: float) -> dict[str, float]:
-    """Of one set of problems grown with one setting."""
+Columns = dict[str, list[float]]
+"""Figures of each tree, by name."""
+
+
+def columns_of(trees: list[Any], seconds: float) -> Columns:
+    """Of one set of problems grown with one setting; its wall time is shared out."""
     ledgers = [tree.ledger for tree in trees]
-    n = len(trees)
     return {
-        "G": statistics.mean(tree.trajectories for tree in trees),
-        "eff_rate": sum(float(tree.rewards().std()) > 0 for tree in trees) / n,
-        "avg_rate": statistics.mean(float(tree.rewards().mean()) for tree in trees),
-        "first_rate": statistics.mean(tree.first_round_reward for tree in trees),
-        "generated_tokens": sum(one.generated_tokens for one in ledgers) / n,
-        "unique_tokens": sum(tree.unique_tokens for tree in trees) / n,
-        "cached_share": sum(x.cached_tokens for x in ledgers)
-        / sum(x.prefix_tokens for x in ledgers),
-        "seconds": seconds,
+        "G": [tree.trajectories for tree in trees],
+        "eff_rate": [float(tree.rewards().std() > 0) for tree in trees],
+        "avg_rate": [float(tree.rewards().mean()) for tree in trees],
+        "first_rate": [tree.first_round_reward for tree in trees],
+        "generated_tokens": [one.generated_tokens for one in ledgers],
+        "unique_tokens": [tree.unique_tokens for tree in trees],
+        "cached_share": [one.cached_tokens / one.prefix_tokens for one in ledgers],
+        "seconds": [seconds / len(trees)] * len(trees),
     }
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half its 95 % interval over seeds."""
-    if len(values) < 2:
-        return values[0], math.nan
-    spread = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), T_975.get(len(values), 1.96) * spread
+    """Mean and half its 95 % interval over trees, each of a problem of its own."""
+    return statistics.mean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
 
 
 class Bench:
@@ -105,7 +107,7 @@ class Bench:
         )
         self.at_once = at_once
 
-    async def grow(self, problems: list[Any], setting: Setting) -> dict[str, float]:
+    async def grow(self, problems: list[Any], setting: Setting) -> Columns:
         from ibtree.messages import Prompt
         from ibtree.options import changed
 
@@ -125,36 +127,56 @@ class Bench:
             async with self.forest.places:
                 return await self.forest.grow(job, lambda _: None, time.time())
 
+        await self.engine.flush()  # what one setting computed must not help the next
         began = time.perf_counter()
         trees = await asyncio.gather(*(one(problem) for problem in problems))
-        return figures_of(trees, time.perf_counter() - began)
+        return columns_of(trees, time.perf_counter() - began)
 
-    async def wall(self, problems: list[Any], repeats: int) -> dict[str, float]:
-        """Wall time of eager (4, 9, 1, 1) relative to independent 8, and to rounds for one tree."""
+    async def table(self, problems: Callable[..., list[Any]], count: int, seeds: int) -> Rows:
+        """Every setting on the same problems, set by set."""
+        found: dict[str, Columns] = {}
+        for seed in range(seeds):
+            for task, terms in TASKS.items():
+                chosen = problems(count, terms, seed)
+                for setting in SETTINGS:
+                    row = found.setdefault(f"{task} {setting.name}", {})
+                    for name, values in (await self.grow(chosen, setting)).items():
+                        row.setdefault(name, []).extend(values)
+        return {
+            row: {name: mean_and_interval(values) for name, values in columns.items()}
+            for row, columns in found.items()
+        }
+
+    async def wall(self, problems: Callable[..., list[Any]], pairs: int) -> dict[str, float]:
+        """Wall time of eager (4, 9, 1, 1) relative to independent 8, and of single trees relative
+        to rounds: medians over pairs that take turns at being first."""
         eager, rounds = Setting("ib", PAPER, "eager"), Setting("ib", PAPER)
         independent = Setting("independent", (8, 1, 1, 1))
+
+        async def ratio(sets: list[list[Any]], other: Setting, pair: int) -> float:
+            took = {}
+            for setting in (eager, other) if pair % 2 else (other, eager):
+                columns = [await self.grow(chosen, setting) for chosen in sets]
+                took[setting] = sum(sum(one["seconds"]) for one in columns)
+            return took[eager] / took[other]
+
         figures = {}
         for trees in (64, 32):
-            ratios = []
-            for at in range(repeats):
-                chosen = problems[at * trees :][:trees]
-                ours = await self.grow(chosen, eager)
-                theirs = await self.grow(chosen, independent)
-                ratios.append(ours["seconds"] / theirs["seconds"])
+            sets = [problems(trees, TASKS["chains"], 1000 * trees + pair) for pair in range(pairs)]
+            ratios = [await ratio([one], independent, pair) for pair, one in enumerate(sets)]
             figures[f"wall_ratio_{trees}"] = statistics.median(ratios)
         ratios = []
-        for problem in problems[: 3 * repeats]:
-            ours = await self.grow([problem], eager)
-            paper = await self.grow([problem], rounds)
-            ratios.append(ours["seconds"] / paper["seconds"])
+        for pair in range(pairs):
+            singles = [[problem] for problem in problems(8, TASKS["chains"], pair)]
+            ratios.append(await ratio(singles, rounds, pair))
         figures["single_tree_ratio"] = statistics.median(ratios)
         return figures
 
 
-def keys(table: dict[str, dict[str, tuple[float, float]]]) -> dict[str, float]:
+def keys(rows: Rows) -> dict[str, float]:
     """The figures by name, of the 10-term chains."""
-    eight, twelve = table["chains independent 8"], table["chains independent 12"]
-    ib, budget = table["chains ib 12"], table["chains ib_budget 12"]
+    eight, twelve = rows["chains independent 8"], rows["chains independent 12"]
+    ib, budget = rows["chains ib 12"], rows["chains ib_budget 12"]
 
     def per_token(row: dict[str, tuple[float, float]]) -> float:
         return row["G"][0] / row["generated_tokens"][0]
@@ -173,9 +195,11 @@ def keys(table: dict[str, dict[str, tuple[float, float]]]) -> dict[str, float]:
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=PARTS, help="table, wall")
     parser.add_argument("--problems", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=9)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(ARITH))
@@ -183,39 +207,37 @@ async def main() -> None:
 
     from ibtree.options import SamplingOptions
 
-    found: dict[str, dict[str, list[float]]] = {}
+    figures: dict[str, float] = json.loads(OUT.read_text()) if OUT.is_file() else {}
     bench = Bench(arguments.at_once)
     try:
         await bench.engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
-        for seed in range(arguments.seeds):
-            for task, terms in TASKS.items():
-                chosen = problems(arguments.problems, terms, seed)
-                for setting in SETTINGS:
-                    row = found.setdefault(f"{task} {setting.name}", {})
-                    for name, value in (await bench.grow(chosen, setting)).items():
-                        row.setdefault(name, []).append(value)
-        wall = await bench.wall(problems(64 * 5, TASKS["chains"], 99), 5)
+        if "table" in arguments.parts:
+            rows = await bench.table(problems, arguments.problems, arguments.seeds)
+            show(rows)
+            figures |= keys(rows)
+        if "wall" in arguments.parts:
+            figures |= await bench.wall(problems, arguments.pairs)
     finally:
         bench.engine.shutdown()
-    table = {
-        row: {name: mean_and_interval(values) for name, values in columns.items()}
-        for row, columns in found.items()
-    }
-    report(table, keys(table) | wall)
+    report(figures)
 
 
-def report(table: dict[str, dict[str, tuple[float, float]]], figures: dict[str, float]) -> None:
+def show(rows: Rows) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title="per tree; mean ± half the 95 % interval over seeds")
-    columns = list(next(iter(table.values())))
+    shown = Table(title="per tree; mean ± half the 95 % interval over trees")
     shown.add_column("task and strategy")
-    for column in columns:
+    for column in next(iter(rows.values())):
         shown.add_column(column, justify="right")
-    for row, values in table.items():
+    for row, values in rows.items():
         shown.add_row(row, *(f"{m:.4g} ± {h:.2g}" for m, h in values.values()))
     Console(width=200).print(shown)
+
+
+def report(figures: dict[str, float]) -> None:
+    from rich.console import Console
+
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(figures, indent=2) + "\n")
     Console().print(figures)

@@ -65,11 +65,15 @@ class Expansion:
 
 @dataclass(frozen=True)
 class TreeLease:
-    """A scored tree in hand until its lease runs out; `returns` counts earlier nacks and losses."""
+    """A scored tree in hand until its lease runs out; `returns` counts earlier nacks and losses.
+
+    `problem` says what is wrong with a tree that does not decode; it is then empty but for its id.
+    """
 
     lease_id: str
     tree: Tree
     returns: int
+    problem: str = ""
 
 
 @dataclass(frozen=True)

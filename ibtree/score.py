@@ -35,13 +35,17 @@ def values(tree: Tree, estimator: str) -> Floats:
     return value
 
 
-def confidences(tree: Tree, form: str) -> Floats:
-    """Policy's confidence in each step under the behaviour policy, in [0, 1], [N]; 1 for the root.
+def confidences(tree: Tree, form: str, logprobs: Floats | None = None) -> Floats:
+    """Policy's confidence in each step, in [0, 1], [N]; 1 for the root.
+
+    The policy is the behaviour policy, or another whose log-probability of each step is given, [N].
 
     `geometric`: exp(mean log-probability); `product`: exp(sum); `sibling`: `product` normalised
     over the siblings.
     """
-    sums = np.asarray([np.sum(step.logprobs) for step in tree.steps], float)
+    sums = logprobs
+    if sums is None:
+        sums = np.asarray([sum(step.logprobs) for step in tree.steps], float)
     if form == "geometric":
         lengths = np.asarray([max(len(step.token_ids), 1) for step in tree.steps], float)
         sums = sums / lengths

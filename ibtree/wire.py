@@ -84,6 +84,16 @@ def tree_to_proto(tree: Tree, text: Callable[[tuple[int, ...]], str] | None = No
     )
 
 
+def tree_to_bytes(tree: Tree) -> bytes:
+    """The serialized ibtree.v1.Tree."""
+    return tree_to_proto(tree).SerializeToString()
+
+
+def tree_from_bytes(data: bytes) -> Tree:
+    """Of `tree_to_bytes`. Raises FieldError as `tree_from_proto` does."""
+    return tree_from_proto(pb.Tree.FromString(data))
+
+
 def tree_from_proto(message: pb.Tree) -> Tree:
     """Raises FieldError where the columns do not make a tree; then nothing was built."""
     n, tokens = len(message.parents), len(message.token_ids)

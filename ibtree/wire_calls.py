@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from ibtree.errors import FieldError
 from ibtree.messages import (
     CacheAudit,
     CacheState,
@@ -106,7 +107,16 @@ def rewards_from_proto(response: reward_pb2.GradeResponse, count: int) -> list[f
 
 
 def leases_from_proto(response: queue_pb2.LeaseTreesResponse) -> list[TreeLease]:
-    return [TreeLease(m.lease_id, tree_from_proto(m.tree), m.returns) for m in response.leases]
+    """One broken tree does not take the others down: its lease says what is wrong with it."""
+    return [_lease_from_proto(message) for message in response.leases]
+
+
+def _lease_from_proto(message: queue_pb2.TreeLease) -> TreeLease:
+    try:
+        return TreeLease(message.lease_id, tree_from_proto(message.tree), message.returns)
+    except FieldError as error:
+        empty = Tree(prompt=(), tree_id=message.tree.tree_id)
+        return TreeLease(message.lease_id, empty, message.returns, str(error))
 
 
 def stats_to_proto(stats: QueueStats) -> queue_pb2.GetQueueStatsResponse:

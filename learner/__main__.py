@@ -7,24 +7,32 @@ import sys
 
 
 def main() -> None:
-    """Exits 0 when the run is done or was told to stop, with one line for what went wrong."""
+    """Exits 0 when the run is done or was told to stop; else 1, with one line that says why."""
     from learner.config import LearnerConfig
 
     config = LearnerConfig.load("ibtpo-learner", sys.argv[1:])
 
     from ibtree.client import RpcFailed
     from ibtree.errors import FieldError, PreconditionError
+    from learner.errors import NotFiniteError, WriteError
+    from learner.follow import follow
     from learner.intake import QueueDry
     from learner.loop import train
+    from learner.ranks import RankLostError, joined
 
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        train(config)
+        with joined(config) as ranks:
+            run = train if ranks.leads else follow
+            run(config, ranks)
     except FieldError as error:
         sys.exit(f"ibtpo-learner: {error.as_option()}")
-    except (PreconditionError, RpcFailed, QueueDry) as error:
+    except (
+        *(PreconditionError, RpcFailed, QueueDry),
+        *(NotFiniteError, WriteError, RankLostError),
+    ) as error:
         sys.exit(f"ibtpo-learner: {error}")
 
 

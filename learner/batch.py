@@ -1,12 +1,13 @@
 """From scored trees to rows of tokens: one row a distinct trajectory.
 
-Shapes: B rows, S prompt and completion tokens, T generated tokens.
+Shapes: N nodes of a tree, B rows, S prompt and completion tokens, T generated tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,25 +17,35 @@ from ibtree import score
 from ibtree.tree import Tree
 from learner.config import LearnerConfig
 from learner.math.advantage import NO_SPREAD, step_advantages
-from learner.math.loss import token_weights
+from learner.math.loss import trajectory_shares
+
+
+@dataclass(frozen=True)
+class TrainedTree:
+    """A tree that enters the loss, and by node what each token of a trajectory that ends there
+    counts in the batch's loss, float64 [N] (0 where none ends)."""
+
+    tree: Tree
+    share_N: Tensor
+    first: int
+    """The number of its first node when the nodes of all trees of the batch are counted through."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One trajectory: prompt and generated ids, and per generated token the engine's
-    log-probability, the weight version and the advantage of its step."""
+    log-probability, the weight version, and the number in the batch and advantage of its step."""
 
     prompt: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     versions: tuple[int, ...]
+    nodes: tuple[int, ...]
     advantages: tuple[float, ...]
-    weight: float
-    """Weight in its tree; the rows of a tree sum to 1."""
-    group: int
-    """G of its tree."""
-    share: float = 0.0
-    """What each of its tokens counts in the batch's loss; set by `share_out`."""
+    share: float
+    """What each of its tokens counts in the batch's loss."""
+    shared: int
+    """Its first tokens that lie on an earlier row of the tree too."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +56,11 @@ class Rows:
     ids_mask: Tensor
     prompt_lengths: Tensor
     mask: Tensor
+    counted: Tensor
+    """1 where figures count the token: once a tree, on its first row."""
     old_logp: Tensor
     versions: Tensor
+    node: Tensor
     advantage: Tensor
     weight: Tensor
 
@@ -56,12 +70,16 @@ def is_uniform(tree: Tree) -> bool:
     return bool(np.ptp(tree.rewards()) <= NO_SPREAD)
 
 
-def tree_advantages(tree: Tree, config: LearnerConfig) -> Tensor:
-    """A(s) of each node, float64, [N] (algorithm in learner/math/advantage.py)."""
+def tree_advantages(
+    tree: Tree, config: LearnerConfig, reference_logp_N: Tensor | None = None
+) -> Tensor:
+    """A(s) of each node, float64, [N] (algorithm in learner/math/advantage.py). The confidence in a
+    step is the behaviour policy's, or the reference's where its log-probabilities are given."""
     options = tree.options
     value = score.values(tree, config.value_estimator)
     gain = score.info_gains(tree, value, config.beta, options.zero_value_ratio)
-    confidence = score.confidences(tree, config.confidence)
+    logprobs = None if reference_logp_N is None else reference_logp_N.numpy()
+    confidence = score.confidences(tree, config.confidence, logprobs)
     lengths = torch.tensor([len(step.token_ids) for step in tree.steps], dtype=torch.float64)
     return step_advantages(
         torch.from_numpy(value),
@@ -75,11 +93,51 @@ def tree_advantages(tree: Tree, config: LearnerConfig) -> Tensor:
     )
 
 
-def tree_rows(tree: Tree, config: LearnerConfig) -> list[Row]:
+def trained_trees(trees: Sequence[Tree], config: LearnerConfig) -> list[TrainedTree]:
+    """The trees to train on with the shares of their trajectories.
+
+    Uniform trees are left out if they are to be skipped; with `uniform_in_denominator` they
+    still count where the loss is normalised, whatever the normalisation.
+    """
+    trained = [not (config.skip_uniform_trees and is_uniform(tree)) for tree in trees]
+    if not any(trained):
+        return []
+    counted = [
+        (tree, torch.tensor(tree.end_nodes()), keep)
+        for tree, keep in zip(trees, trained, strict=True)
+        if keep or config.uniform_in_denominator
+    ]
+    shares = trajectory_shares(
+        _column([[tree.depth_tokens(n) for n in ends.tolist()] for tree, ends, _ in counted]),
+        torch.cat([_weights(tree, config)[ends] for tree, ends, _ in counted]),
+        _column([[tree.trajectories] * len(ends) for tree, ends, _ in counted]),
+        trees=len(counted),
+        length_norm=config.length_norm,
+        constant_tokens=config.max_new_tokens,
+    )
+    parts = torch.split(shares, [len(ends) for _, ends, _ in counted])
+    kept = [
+        (tree, torch.zeros(len(tree), dtype=torch.float64).index_add(0, ends, share))
+        for (tree, ends, keep), share in zip(counted, parts, strict=True)
+        if keep
+    ]
+    firsts = accumulate((len(tree) for tree, _ in kept), initial=0)
+    return [TrainedTree(*one, first) for one, first in zip(kept, firsts, strict=False)]
+
+
+def _column(values: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor([v for part in values for v in part], dtype=torch.float64)
+
+
+def _weights(tree: Tree, config: LearnerConfig) -> Tensor:
+    return torch.from_numpy(score.trajectory_weights(tree, config.trajectory_weight))
+
+
+def tree_rows(trained: TrainedTree, config: LearnerConfig) -> list[Row]:
     """A row for each node with which trajectories end."""
+    tree = trained.tree
     advantages = tree_advantages(tree, config).tolist()
-    weights = score.trajectory_weights(tree, config.trajectory_weight)
-    rows = []
+    rows, seen = [], set[int]()
     for end in tree.end_nodes():
         path = tree.path(end)
         steps = [tree.steps[n] for n in path]
@@ -89,29 +147,14 @@ def tree_rows(tree: Tree, config: LearnerConfig) -> list[Row]:
                 token_ids=tuple(t for s in steps for t in s.token_ids),
                 logprobs=tuple(lp for s in steps for lp in s.logprobs),
                 versions=tuple(v for s in steps for v in s.versions),
+                nodes=tuple(trained.first + n for n in path for _ in tree.steps[n].token_ids),
                 advantages=tuple(advantages[n] for n in path for _ in tree.steps[n].token_ids),
-                weight=float(weights[end]),
-                group=tree.trajectories,
+                share=float(trained.share_N[end]),
+                shared=sum(len(tree.steps[n].token_ids) for n in path if n in seen),
             )
         )
+        seen.update(path)
     return rows
-
-
-def batch_rows(trees: Sequence[Tree], config: LearnerConfig) -> tuple[list[Row], int]:
-    """The rows to train on with their shares, and how many trees they come from.
-
-    Uniform trees are left out if they are to be skipped; with `uniform_in_denominator` they
-    still count where the loss is normalised, whatever the normalisation.
-    """
-    skip = config.skip_uniform_trees
-    trained = [not (skip and is_uniform(tree)) for tree in trees]
-    counted = [i for i, t in enumerate(trained) if t or config.uniform_in_denominator]
-    owned = [(i, row) for i in counted for row in tree_rows(trees[i], config)]
-    if not any(trained):
-        return [], 0
-    shared = share_out([row for _, row in owned], len(counted), config)
-    kept = [row for (i, _), row in zip(owned, shared, strict=True) if trained[i]]
-    return kept, sum(trained)
 
 
 def split_rows(rows: Sequence[Row], micro_batch_tokens: int) -> Iterator[list[Row]]:
@@ -125,21 +168,6 @@ def split_rows(rows: Sequence[Row], micro_batch_tokens: int) -> Iterator[list[Ro
         part.append(row)
     if part:
         yield part
-
-
-def share_out(rows: Sequence[Row], trees: int, config: LearnerConfig) -> list[Row]:
-    """The rows with their shares in the loss of a batch of `trees` trees."""
-    lengths = torch.tensor([len(row.token_ids) for row in rows])
-    mask = (torch.arange(int(lengths.max()))[None, :] < lengths[:, None]).double()
-    weights = token_weights(
-        mask,
-        torch.tensor([row.weight for row in rows], dtype=torch.float64),
-        torch.tensor([row.group for row in rows], dtype=torch.float64),
-        trees=trees,
-        length_norm=config.length_norm,
-        constant_tokens=config.max_new_tokens,
-    )
-    return [replace(row, share=float(weights[i, 0])) for i, row in enumerate(rows)]
 
 
 def pad(rows: Sequence[Row], device: torch.device) -> Rows:
@@ -157,15 +185,19 @@ def pad(rows: Sequence[Row], device: torch.device) -> Rows:
 
     totals = torch.tensor([len(r.prompt) + len(r.token_ids) for r in rows], device=device)
     lengths = torch.tensor([len(row.token_ids) for row in rows], device=device)
-    mask = (torch.arange(width, device=device)[None, :] < lengths[:, None]).float()
-    shares = torch.tensor([row.share for row in rows], device=device)
+    shared = torch.tensor([row.shared for row in rows], device=device)
+    index = torch.arange(width, device=device)[None, :]
+    mask = (index < lengths[:, None]).float()
+    shares = torch.tensor([row.share for row in rows], dtype=torch.float64, device=device)
     return Rows(
         ids=torch.tensor([ids(row) for row in rows], device=device),
         ids_mask=(torch.arange(wide, device=device)[None, :] < totals[:, None]).long(),
         prompt_lengths=torch.tensor([len(row.prompt) for row in rows], device=device),
         mask=mask,
-        old_logp=column([row.logprobs for row in rows], torch.float32),
+        counted=mask * (index >= shared[:, None]),
+        old_logp=column([row.logprobs for row in rows], torch.float64),
         versions=column([row.versions for row in rows], torch.int64),
-        advantage=column([row.advantages for row in rows], torch.float32),
+        node=column([row.nodes for row in rows], torch.int64),
+        advantage=column([row.advantages for row in rows], torch.float64),
         weight=shares[:, None] * mask,
     )

@@ -34,14 +34,19 @@ class LearnerConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the trained weights."""
+    """Precision of the trained weights and of the optimiser."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of forward and backward passes, if not that of the weights; under torchrun only,
+    where gradients are summed in float32. null: dtype."""
+    rank_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest that a rank under torchrun waits for another before the run ends."""
     seed: int = 0
     """Seed of the prompts' order and of torch."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 leaves its default."""
 
     steps: int = Field(default=200, ge=1)
-    """Optimiser steps of the whole run."""
+    """Steps of the whole run: batches of trees trained on."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Generated tokens after which the run ends, whatever its steps. null: no limit."""
     prompts_per_step: int = Field(default=32, ge=1)
@@ -89,6 +94,9 @@ class LearnerConfig(Settings):
     """Lambda: weight of the local advantage."""
     local_scale: Literal["token", "step"] = "token"
     """token: the paper's form; step: the local term divided by the step's token count."""
+    local_reference: Literal["behaviour", "reference"] = "behaviour"
+    """Whose confidence in a step enters the local advantage: that of the policy that sampled it, or
+    the frozen reference's."""
     std: Literal["population", "sample"] = "population"
     """Standard deviation of a tree's rewards."""
     advantage_eps: float = Field(default=0.0, ge=0)
@@ -106,7 +114,11 @@ class LearnerConfig(Settings):
     clip_high: float = Field(default=0.2, ge=0)
     """Upper clip of the ratio: 1 + clip_high."""
     kl_weight: float = Field(default=0.001, ge=0)
-    """Weight of the KL to the frozen reference (the model folder); 0 loads no reference."""
+    """Weight of the KL to the frozen reference; 0 loads no reference unless local_reference asks
+    for it."""
+    reference_model: Path | None = None
+    """Hugging Face folder of the frozen reference, with the model's vocabulary. null: the model's
+    own."""
     old_logprobs: Literal["engine", "trainer"] = "engine"
     """engine: ratio against the recorded log-probabilities; trainer: against a forward pass before
     the update, the engine's entering as truncated importance weight."""
@@ -114,13 +126,28 @@ class LearnerConfig(Settings):
     """C of the truncated importance weight."""
 
     lr: float = Field(default=1e-6, gt=0)
-    """Learning rate of AdamW."""
+    """Learning rate of AdamW, after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimiser steps over which the learning rate rises linearly to `lr`."""
+    optimizer_steps_per_batch: int = Field(default=1, ge=1)
+    """Optimiser steps on each step's trees, every one over all of them; the old log-probabilities
+    stay those from before the first."""
+    max_bad_steps: int = Field(default=3, ge=1)
+    """Steps in a row without a finite loss and gradient after which the run stops; each is
+    skipped."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Global norm the gradient is clipped to."""
+    forward: Literal["packed", "trajectory"] = "packed"
+    """packed: each token of a tree once, several trees in a sequence; trajectory: a row for each
+    trajectory, slower, for models with sliding windows or layers that are no attention."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Most tokens, padding included, of one forward pass (one trajectory always fits)."""
+    logits_chunk_tokens: int = Field(default=1024, ge=1)
+    """Tokens whose logits are in memory at a time."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
 
     checkpoint_every_steps: int = Field(default=1, ge=1)
     """Steps between checkpoints; trees are acked only after one."""

@@ -2,116 +2,110 @@
 
 Exactly-once effect: the ledger of trained tree ids is part of the checkpoint, and trees are acked
 only after that checkpoint is durable. A run that is killed anywhere resumes from it; trees it had
-in hand come back, those in the ledger are acked without being trained on again.
+in hand come back, those in the ledger are acked without being trained on again, and the others
+meet in the same batches as before (learner/intake.py).
 """
 
 from __future__ import annotations
 
-import json
-import math
-import signal
-import uuid
-from types import FrameType
-
-import torch
-
-from ibtree.client import Client
-from ibtree.errors import FieldError
 from ibtree.evaluate import evaluate
 from ibtree.messages import Prompt, TreeLease
 from ibtree.options import options_from
-from ibtree.questions import Question
-from learner.checkpoint import Checkpoints, TrainState
 from learner.config import LearnerConfig
-from learner.intake import Intake
-from learner.model import load_policy, pick_device
-from learner.prompts import PromptStream, questions_of
-from learner.publish import Publisher
-from learner.report import Figures, Reporter, staleness, tree_figures
-from learner.trainer import Trainer
+from learner.errors import NotFiniteError
+from learner.ranks import Ranks
+from learner.report import staleness, tree_figures
+from learner.run import Run, started
+from learner.trainer import StepFigures
 
 
-def train(config: LearnerConfig) -> None:
-    """Runs `config.steps` optimiser steps, or until SIGTERM or SIGINT (the step in hand ends).
+def train(config: LearnerConfig, ranks: Ranks) -> None:
+    """Runs `config.steps` steps, or until SIGTERM or SIGINT (the step in hand ends).
 
     Raises FieldError and PreconditionError for settings that do not fit, RpcFailed and QueueDry
-    when the server stays away.
+    when the server stays away, NotFiniteError, WriteError and RankLostError when training can not
+    go on.
     """
-    torch.manual_seed(config.seed)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    stop = _stop_on_signals()
-    device = pick_device(config.device)
-    questions = questions_of(config.prompts, config)
-    held_out = questions_of(config.eval_prompts, config) if config.eval_prompts else []
-    with Client(config.server) as client:
-        publisher = Publisher(client, config.model, config.out_dir, config.patience_s)
-        policy = load_policy(config.model, device, config.dtype)
-        reference = load_policy(config.model, device, config.dtype) if config.kl_weight else None
-        trainer = Trainer(policy, reference, config, device)
-        checkpoints = Checkpoints(config.out_dir / "checkpoints", config.keep_checkpoints)
-        state = _resume(checkpoints, trainer, config)
-        stream = PromptStream(questions, config.seed, _run_id(config))
-        intake = Intake(client, stream, config, state)
-        intake.give_back_from_before()
-        publisher.align(policy, state)
-        with Reporter(config.out_dir, config.steps) as report:
-            if state.step == 0:
-                _evaluate(config, held_out, state, report)
-            try:
-                while not _done(config, state) and not stop:
-                    _step(config, intake, trainer, checkpoints, publisher, state, report)
-                    every = config.eval_every_steps
-                    if _done(config, state) or (every and state.step % every == 0):
-                        _evaluate(config, held_out, state, report)
-            finally:
-                intake.give_back("the learner stops")
+    with started(config, ranks) as run:
+        _evaluate(run)
+        while not (_done(run) or run.stop):
+            _step(run)
+            _evaluate(run)
+        if run.checkpoints.newest() < run.state.step:  # told to stop between two
+            _save(run)
+        run.exports.write("last", run.state)
 
 
-def _step(
-    config: LearnerConfig,
-    intake: Intake,
-    trainer: Trainer,
-    checkpoints: Checkpoints,
-    publisher: Publisher,
-    state: TrainState,
-    report: Reporter,
-) -> None:
+def _step(run: Run) -> None:
+    config, intake, state, report = run.config, run.intake, run.state, run.report
     with report.phase("sample"):
-        intake.submit_ahead(state.step)
+        intake.submit_ahead()
         leases = intake.lease_step()
+    if run.stop:  # told to while waiting: the trees go back
+        return
     fresh, stale = _fresh(leases, state.version, config.max_staleness)
     with report.phase("learn"):
-        figures = trainer.step([lease.tree for lease in fresh], state.version)
+        figures = run.trainer.step([one.tree for one in fresh], state.version, state.updates)
     intake.keep_alive()
-    state.trained += [lease.tree.tree_id for lease in leases]
-    state.tokens += sum(lease.tree.ledger.generated_tokens for lease in leases)
-    state.step += 1
-    means: Figures = figures.means() | {
+    state.figures = figures.means() | {
         **tree_figures([lease.tree for lease in leases], state.version),
         "stale_trees": float(stale),
+        "refused_trees": float(len(intake.refused)),
         "version": float(state.version),
-        "tokens": float(state.tokens),
     }
+    intake.settle(leases)
+    state.step += 1
+    state.updates += figures.updates
+    state.bad_steps = _bad_steps(state.bad_steps, figures)
+    state.tokens += sum(lease.tree.ledger.generated_tokens for lease in leases)
+    state.figures |= {"tokens": float(state.tokens), "bad_steps": float(state.bad_steps)}
     with report.phase("publish"):
         state.version += 1
-        publisher.stage(trainer.policy, state)
+        run.publisher.stage(run.trainer.policy, state)
     with report.phase("checkpoint"):
-        if _done(config, state) or state.step % config.checkpoint_every_steps == 0:
-            checkpoints.save(trainer.policy, trainer.optimizer, state)
-            intake.ack()
+        if _done(run) or state.step % config.checkpoint_every_steps == 0:
+            _save(run)
     with report.phase("publish"):
-        means["pause_s"] = publisher.push()
-    report.step(state.step, means)
-    if not math.isfinite(figures.grad_norm):
-        report.say(f"warning: step {state.step}: the gradient is not finite; weights unchanged")
-    if means["log_prob_gap_mean"] > config.log_prob_gap_alarm:
-        report.say(f"warning: engine and trainer differ by {means['log_prob_gap_mean']:.3g} nats")
+        pause_s = run.publisher.push()
+    seconds = {"pause_s": pause_s, "seconds_compute": figures.seconds_compute}
+    report.step(state.step, state.figures | seconds)
+    _warn(run, figures)
 
 
-def _done(config: LearnerConfig, state: TrainState) -> bool:
-    limit = config.max_tokens
-    return state.step >= config.steps or (limit is not None and state.tokens >= limit)
+def _save(run: Run) -> None:
+    """Makes the steps so far durable; only then their trees are acked."""
+    run.checkpoints.save(run.trainer.policy, run.trainer.optimizer, run.state)
+    run.intake.ack()
+
+
+def _warn(run: Run, figures: StepFigures) -> None:
+    """Says what is wrong with a step. Raises NotFiniteError after too many bad ones in a row."""
+    step, gap = run.state.step, run.state.figures["log_prob_gap_mean"]
+    if figures.bad:
+        run.report.say(
+            f"warning: step {step}: loss {figures.loss} and gradient {figures.grad_norm} are not "
+            "finite; weights unchanged"
+        )
+    if gap > run.config.log_prob_gap_alarm:
+        run.report.say(f"warning: engine and trainer differ by {gap:.3g} nats")
+    if run.state.bad_steps >= run.config.max_bad_steps:
+        raise NotFiniteError(
+            f"{run.state.bad_steps} steps in a row without a finite loss and gradient, the last of "
+            f"them step {step}; the weights are those from before. Look at the log-probabilities "
+            "and lower --lr, or raise --max-bad-steps"
+        )
+
+
+def _bad_steps(before: int, figures: StepFigures) -> int:
+    """Bad steps in a row; one that trained on nothing is neither good nor bad."""
+    if figures.bad:
+        return before + 1
+    return 0 if figures.updates else before
+
+
+def _done(run: Run) -> bool:
+    limit, state = run.config.max_tokens, run.state
+    return state.step >= run.config.steps or (limit is not None and state.tokens >= limit)
 
 
 def _fresh(leases: list[TreeLease], version: int, bound: int | None) -> tuple[list[TreeLease], int]:
@@ -119,40 +113,16 @@ def _fresh(leases: list[TreeLease], version: int, bound: int | None) -> tuple[li
     return fresh, len(leases) - len(fresh)
 
 
-def _resume(checkpoints: Checkpoints, trainer: Trainer, config: LearnerConfig) -> TrainState:
-    if config.resume == "never" and checkpoints:
-        problem = f"{config.out_dir} holds checkpoints of another run"
-        raise FieldError("out_dir", problem, "a folder of its own, or --resume auto")
-    return checkpoints.load(trainer.policy, trainer.optimizer) or TrainState()
-
-
-def _run_id(config: LearnerConfig) -> str:
-    """Names the run's prompts on the server; kept, so that a resumed run knows its own."""
-    path = config.out_dir / "run.json"
-    config.out_dir.mkdir(parents=True, exist_ok=True)
-    if config.resume == "never" or not path.is_file():
-        path.write_text(json.dumps({"run_id": uuid.uuid4().hex[:12]}))
-    return str(json.loads(path.read_text())["run_id"])
-
-
-def _evaluate(
-    config: LearnerConfig, held_out: list[Question], state: TrainState, report: Reporter
-) -> None:
-    if held_out:
-        prompts = [Prompt(q.prompt, "", q.answer, config.grader) for q in held_out]
-        with report.phase("evaluate"):
-            accuracy = evaluate(config.server, prompts, options_from(config))
-        report.accuracy(state.step, accuracy)
-
-
-def _stop_on_signals() -> list[int]:
-    """Grows when SIGTERM or SIGINT comes; a second one ends the process at once."""
-    received: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return received
+def _evaluate(run: Run) -> None:
+    """Before the first step, every `eval_every_steps` and at the end; not again after a restart."""
+    config, state, report = run.config, run.state, run.report
+    every = config.eval_every_steps
+    due = not state.step or _done(run) or (every and state.step % every == 0)
+    if not run.held_out or not due or report.evaluated(state.step):
+        return
+    prompts = [Prompt(q.prompt, "", q.answer, config.grader) for q in run.held_out]
+    with report.phase("evaluate"):
+        accuracy = evaluate(config.server, prompts, options_from(config))
+    if accuracy.mean > report.best_accuracy():
+        run.exports.write("best", state)
+    report.accuracy(state.step, accuracy)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from ibtree.errors import FieldError
+from learner.attention import TreeAttention
+from learner.math.logprobs import chunked_logprobs
+from learner.pack import Pack
 
 
 def mend_torchvision() -> None:
@@ -42,23 +45,69 @@ def load_policy(folder: Path, device: torch.device, dtype: str) -> Any:
     return model.to(device).eval()  # eval: dropout would move log-probabilities off the engine's
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Keeps the inputs of the layers only and computes the rest again in the backward pass."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # it asks for this; what is inside stays in eval mode
+
+
 def token_logprobs(
-    model: Any, ids_BS: Tensor, mask_BS: Tensor, prompt: Tensor, width: int, temperature: float
+    model: Any,
+    ids_BS: Tensor,
+    mask_BS: Tensor,
+    prompt: Tensor,
+    width: int,
+    *,
+    temperature: float,
+    chunk: int = 1024,
 ) -> Tensor:
     """ln softmax(logits / temperature) of each generated token, float32, [B, width].
 
     `ids_BS`: prompt and completion, padded on the right; `mask_BS`: 1 at real tokens; `prompt`:
     the rows' prompt lengths, [B]. Entry t of row b belongs to token prompt[b] + t, whose
-    distribution the model gives one position earlier; entries past the row's end are 0.
+    distribution the model gives one position earlier; entries past the row's end are 0. Only
+    `chunk` tokens' logits are in float32 at a time.
     """
     logits_BSV = model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).logits
     index_BT = prompt[:, None] + torch.arange(width, device=ids_BS.device)[None, :]
     inside_BT = index_BT < mask_BS.sum(1, keepdim=True)
-    index_BT = torch.where(inside_BT, index_BT, 1)
-    at_BTV = torch.gather(
-        logits_BSV, 1, (index_BT - 1)[..., None].expand(-1, -1, logits_BSV.shape[-1])
+    row, column = torch.nonzero(inside_BT, as_tuple=True)
+    at = index_BT[row, column]
+    logp = chunked_logprobs(
+        lambda logits: logits,
+        logits_BSV.flatten(0, 1).index_select(0, row * ids_BS.shape[1] + at - 1),
+        ids_BS[row, at],
+        temperature=temperature,
+        chunk=chunk,
     )
-    logp_BTV = torch.log_softmax(at_BTV.float() / temperature, dim=-1)
-    target_BT = torch.gather(ids_BS, 1, index_BT)
-    logp_BT = torch.gather(logp_BTV, 2, target_BT[..., None]).squeeze(-1)
-    return torch.where(inside_BT, logp_BT, 0.0)
+    return torch.zeros_like(inside_BT, dtype=logp.dtype).index_put((row, column), logp)
+
+
+def packed_logprobs(
+    model: Any, pack: Pack, attention: TreeAttention, *, temperature: float, chunk: int
+) -> Tensor:
+    """ln softmax(logits / temperature) of each token with a term in the loss, float32, [T].
+
+    Read at its predecessor in the tree. Logits exist for `chunk` tokens at a time.
+    """
+    features_MD = features(model, pack.ids, pack.position, attention)
+    return chunked_logprobs(
+        model.get_output_embeddings(),
+        features_MD.index_select(0, pack.predecessor[pack.target]),
+        pack.ids[pack.target],
+        temperature=temperature,
+        chunk=chunk,
+    )
+
+
+def features(model: Any, ids_M: Tensor, position_M: Tensor, attention: TreeAttention) -> Tensor:
+    """What the head sees of each token of a packed sequence, [M, D]."""
+    out = model.get_decoder()(
+        input_ids=ids_M[None], position_ids=position_M[None], use_cache=False, tree=attention
+    )
+    hidden_1MD: Tensor = out.last_hidden_state
+    return hidden_1MD[0]

@@ -32,3 +32,8 @@ class PromptStream:
             random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
             self._epoch = epoch
         return f"{self._run_id}/{number}", self._questions[self._order[place]]
+
+    def number_of(self, id_: str) -> int | None:
+        """The position whose id this is; None for the id of another run."""
+        run_id, _, number = id_.rpartition("/")
+        return int(number) if run_id == self._run_id and number.isdecimal() else None

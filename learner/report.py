@@ -1,12 +1,16 @@
-"""What a run tells: a live line in the terminal, metrics.jsonl, TensorBoard."""
+"""What a run tells: a live line in the terminal, metrics.jsonl, TensorBoard.
+
+The row of a step is written when the step is over, its checkpoint durable and its weights pushed.
+A run that was killed in between finds the figures in the checkpoint and writes the row then,
+without the seconds.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +22,9 @@ from ibtree import score
 from ibtree.evaluate import Accuracy
 from ibtree.tree import Tree
 from learner.batch import is_uniform
+from learner.checkpoint import TrainState
+from learner.errors import writing
+from learner.metrics import MetricsFile
 
 Figures = dict[str, float]
 _SHOWN = ("reward", "eff_rate", "loss", "log_prob_gap_mean")
@@ -56,14 +63,16 @@ def staleness(tree: Tree, version: int) -> int:
 
 
 class Reporter:
-    """Use as a context manager; `phase` measures seconds, `step` and `accuracy` write."""
+    """Use as a context manager; `phase` measures seconds, `step` and `accuracy` write. It begins
+    where `state` is: what was reported of later steps, which will be taken again, goes."""
 
-    def __init__(self, out_dir: Path, steps: int) -> None:
+    def __init__(self, out_dir: Path, steps: int, state: TrainState) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        out_dir.mkdir(parents=True, exist_ok=True)
-        self._file = (out_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(out_dir / "tensorboard"))
+        self._out_dir = out_dir
+        self._file = MetricsFile(out_dir / "metrics.jsonl", state.step)
+        with writing("metrics", out_dir):
+            self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=state.step + 1)
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("step"),
@@ -77,6 +86,8 @@ class Reporter:
         self._task = self._progress.add_task("", total=steps)
         self._seconds: Figures = {}
         self._began = time.monotonic()
+        if state.step and not self._file.has("step", state.step):
+            self.step(state.step, state.figures)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -84,8 +95,10 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        self._file.close()
-        self._board.close()
+        with suppress(OSError):  # each row was flushed; what is left did not fit on the disk
+            self._file.close()
+        with suppress(OSError):
+            self._board.close()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -98,8 +111,11 @@ class Reporter:
             self._seconds[key] = self._seconds.get(key, 0.0) + time.monotonic() - begin
 
     def step(self, step: int, figures: Figures) -> None:
-        """Figures of one optimiser step; the phases since the last one are added."""
+        """Figures of one step; the phases since the last one are added, and of the learn phase the
+        share spent outside forward, backward and optimiser."""
         figures = figures | self._seconds
+        if learn := self._seconds.get("seconds_learn"):  # there are none of a step from before
+            figures["learn_overhead_share"] = 1.0 - figures["seconds_compute"] / learn
         self._seconds = {}
         self._write("step", step, figures)
         line = "  ".join(f"{name} {figures[name]:.3g}" for name in _SHOWN)
@@ -121,16 +137,24 @@ class Reporter:
             f"[{accuracy.low:.3f}, {accuracy.high:.3f}] on {accuracy.problems}"
         )
 
+    def evaluated(self, step: int) -> bool:
+        """True if `accuracy` was told of this step."""
+        return self._file.has("eval", step)
+
+    def best_accuracy(self) -> float:
+        """The highest so far; -1 before the first."""
+        found = [row["accuracy"] for row in self._file.rows if row["kind"] == "eval"]
+        return max(found, default=-1.0)
+
     def say(self, text: str) -> None:
         """A line that stays above the progress line."""
         self._progress.console.print(text, highlight=False)
 
     def _write(self, kind: str, step: int, figures: Figures) -> None:
         seconds = time.monotonic() - self._began
-        finite = {k: v if math.isfinite(v) else None for k, v in figures.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, "at_s": seconds, **finite}) + "\n")
-        self._file.flush()
-        for name, value in figures.items():
-            if math.isfinite(value):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-        self._board.flush()
+        self._file.append({"kind": kind, "step": step, "at_s": seconds, **figures})
+        with writing("metrics", self._out_dir):
+            for name, value in figures.items():
+                if math.isfinite(value):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.flush()

@@ -335,11 +335,11 @@ class SglangEngine:
             )
             _check(await manager.update_weights_from_tensor(request, None))
         _check(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
-        if self._flushes:
-            await self._flush()
+        if self._flushes:  # KV of the old weights must never serve the new ones
+            await self.flush()
 
-    async def _flush(self) -> None:
-        """KV of the old weights must never serve the new ones."""
+    async def flush(self) -> None:
+        """Empties the radix cache; only while no request runs."""
         for _ in range(50):
             # The scheduler refuses while an aborted request's last step is still in flight.
             if (await self._engine.tokenizer_manager.flush_cache()).success:

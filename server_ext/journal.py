@@ -4,7 +4,7 @@
                  ▲          │         ▲         │
                  └─ failed ─┤         └─ nacked or ran out
                             ▼                   ▼
-                          dead  ◀── too many ───┘
+                          dead  ◀── too many ───┘ or unreadable
 
 `growing` falls back to `queued` when the journal is opened: the server that grew it is gone.
 Prompts and trees are opaque bytes here. Times are Unix seconds, so that they survive a restart.
@@ -218,6 +218,17 @@ class Journal:
         with self._transaction():
             for id_ in self._held(lease_ids, State.LEASED):
                 self._give_back(id_, reason or "nacked without a reason")
+
+    def bury(self, lease_ids: Sequence[str], reason: str) -> None:
+        """Trees of no use to anyone: dead at once, whatever their returns. Raises
+        UnknownLeaseError, with none buried."""
+        with self._transaction():
+            for id_ in self._held(lease_ids, State.LEASED):
+                self._note(id_, reason)
+                self._db.execute(
+                    "UPDATE trees SET lease_id = NULL, lease_until = NULL WHERE id = ?", (id_,)
+                )
+                self._move([id_], State.DEAD)
 
     def expire(self) -> int:
         """Gives back the trees whose lease ran out; returns how many."""

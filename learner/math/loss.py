@@ -1,6 +1,6 @@
-"""The IB-TPO loss, trajectory by trajectory: the slow and obvious form.
+"""The IB-TPO loss per token; the same terms for rows of trajectories and for packed trees.
 
-Shapes: B trajectories (rows), T generated tokens, padded on the right; mask_BT is 1 at real tokens.
+Shapes: B trajectories; tokens in any shape, [B, T] of padded rows or [T] of a pack.
 Source: arXiv 2605.28109 (objective, GRPO form); k3 from http://joschu.net/blog/kl-approx.html;
 `token` is DAPO (arXiv 2503.14476), `constant` Dr. GRPO (arXiv 2503.20783).
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Objective(NamedTuple):
-    """Per-token terms, each [B, T]: the clipped surrogate, the KL estimate, 1 where clipped."""
+    """Per-token terms, of one shape: the clipped surrogate, the KL estimate, 1 where clipped."""
 
     surrogate: Tensor
     kl: Tensor
@@ -54,8 +54,8 @@ def truncated_importance(trainer_old_logp: Tensor, engine_logp: Tensor, cap: flo
     return torch.exp(trainer_old_logp - engine_logp).clamp(max=cap).detach()
 
 
-def token_weights(
-    mask_BT: Tensor,
+def trajectory_shares(
+    length_B: Tensor,
     weight_B: Tensor,
     group_B: Tensor,
     *,
@@ -63,26 +63,23 @@ def token_weights(
     length_norm: str,
     constant_tokens: int = 1,
 ) -> Tensor:
-    """What each token's term counts in the batch's loss, [B, T]; 0 at padding.
+    """What each token of a trajectory counts in the batch's loss, [B].
 
-    `weight_B`: weight of the row in its tree (the rows of a tree sum to 1; the paper: 1 / G);
-    `group_B`: G of the row's tree; `trees`: trees in the batch's denominator.
+    `length_B`: generated tokens; `weight_B`: the trajectory's weight in its tree (those of a tree
+    sum to 1; the paper: 1 / G); `group_B`: G of its tree; `trees`: trees in the denominator.
     `trajectory`: weight / |tau| / trees. `token`: weight G / sum of all weight G |tau|.
     `constant`: weight G / (number of trajectories * constant_tokens).
     """
-    length_B = mask_BT.sum(1)
     count_B = weight_B * group_B
     if length_norm == "trajectory":
-        share_B = weight_B / length_B.clamp(min=1) / trees
-    elif length_norm == "token":
-        share_B = count_B / (count_B * length_B).sum().clamp(min=1)
-    elif length_norm == "constant":
-        share_B = count_B / (count_B.sum().clamp(min=1) * constant_tokens)
-    else:
-        raise ValueError(f"length_norm {length_norm!r}: trajectory | token | constant")
-    return share_B[:, None] * mask_BT
+        return weight_B / length_B.clamp(min=1) / trees
+    if length_norm == "token":
+        return count_B / (count_B * length_B).sum().clamp(min=1)
+    if length_norm == "constant":
+        return count_B / (count_B.sum().clamp(min=1) * constant_tokens)
+    raise ValueError(f"length_norm {length_norm!r}: trajectory | token | constant")
 
 
-def weighted_loss(objective: Objective, weight_BT: Tensor, kl_weight: float) -> Tensor:
+def weighted_loss(objective: Objective, weight: Tensor, kl_weight: float) -> Tensor:
     """L = - sum_t w_t [surrogate_t - kl_weight KL_t], a scalar."""
-    return -(weight_BT * (objective.surrogate - kl_weight * objective.kl)).sum()
+    return -(weight * (objective.surrogate - kl_weight * objective.kl)).sum()

@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from ibtree.errors import FieldError
 from ibtree.messages import Submission
 from server_ext.rewards.answers import TAIL_CHARACTERS, boxed_answer, final_answer, same_number
 from server_ext.rewards.base import check_given
@@ -14,6 +15,9 @@ from server_ext.rewards.pool import GradingPool
 _PROSE = re.compile(r"\b[A-Za-z]{3,}")
 _NUMBER = re.compile(r"-?\d+([ ,]\d{3})*(\.\d+)?")
 _MIXED = re.compile(r"([-+]?\d+) (\d+)/(\d+)")
+
+_MOST_CHARACTERS = 2_000
+"""Of a reference answer."""
 
 
 class MathGrader:
@@ -28,6 +32,9 @@ class MathGrader:
 
     def check(self, answer: str) -> None:
         check_given(answer, "math")
+        if len(answer) > _MOST_CHARACTERS:
+            problem = f"{len(answer)} characters"
+            raise FieldError("answer", problem, f"at most {_MOST_CHARACTERS} for the grader 'math'")
 
     async def grade(self, submission: Submission) -> float:
         completion, answer = submission.completion, submission.answer

@@ -33,6 +33,8 @@ class RegexGrader:
 
     async def grade(self, submission: Submission) -> float:
         found = final_answer(submission.completion, self._marker)
+        if not found:
+            return 0.0  # also where the pattern allows nothing
         return await self._pool.grade("regex", matches, submission.answer.strip(), found)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
+from ibtree.errors import UnknownLeaseError
 from ibtree.messages import QueueStats
 from ibtree.options import check_range
 from ibtree.v1 import queue_pb2 as pb
@@ -15,6 +20,7 @@ from server_ext.journal import Journal, Leased
 from server_ext.producer import JournalThread, Producer
 from server_ext.services.errors import reported
 
+_log = logging.getLogger(__name__)
 _MAX_TREES = 1024
 _MAX_LEASE_S = 86400.0
 _MAX_WAIT_S = 600.0
@@ -43,26 +49,20 @@ class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
             check_range("wait_s", wait_s, 0.0, _MAX_WAIT_S)
             lease_s = self._lease(request)
             until = time.monotonic() + wait_s
-            leased: list[Leased] = []
-            while not leased:
+            leases: list[pb.TreeLease] = []
+            while not leases:
                 leased = await self._journal(
                     Journal.lease, request.max_trees, lease_s, _MAX_RESPONSE_BYTES
                 )
+                leases = [found for one in leased if (found := await self._readable(one))]
+                if leased and not leases:
+                    continue  # all were unreadable, and are gone: the next ones
                 left_s = until - time.monotonic()
                 if left_s <= 0:
                     break
-                if not leased:  # look again at least every second: leases run out silently
+                if not leases:  # look again at least every second: leases run out silently
                     await self._producer.graded(min(left_s, 1.0))
-            return pb.LeaseTreesResponse(
-                leases=[
-                    pb.TreeLease(
-                        lease_id=one.lease_id,
-                        tree=tree_pb2.Tree.FromString(one.tree),
-                        returns=one.returns,
-                    )
-                    for one in leased
-                ]
-            )
+            return pb.LeaseTreesResponse(leases=leases)
 
     async def ExtendLease(
         self, request: pb.ExtendLeaseRequest, context: Any
@@ -90,6 +90,18 @@ class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
             counts = await self._journal(Journal.counts)
             named = {state.value: count for state, count in counts.items()}
             return stats_to_proto(QueueStats(**named, interactive=self._interactive()))
+
+    async def _readable(self, one: Leased) -> pb.TreeLease | None:
+        """The lease with its tree; None for bytes that are none, which the journal then buries."""
+        try:
+            tree = tree_pb2.Tree.FromString(one.tree)
+        except DecodeError as error:
+            reason = f"the journal's {len(one.tree)} bytes are no tree: {error}"
+            _log.error("lease %s: %s", one.lease_id, reason)
+            with suppress(UnknownLeaseError):  # ran out meanwhile: it comes again
+                await self._journal(Journal.bury, [one.lease_id], reason)
+            return None
+        return pb.TreeLease(lease_id=one.lease_id, tree=tree, returns=one.returns)
 
     def _lease(self, request: pb.LeaseTreesRequest | pb.ExtendLeaseRequest) -> float:
         if not request.HasField("lease_s"):

@@ -13,7 +13,9 @@ from tests.learner.tiny import flat_tree
 
 class Queue:
     """Duck-typed ibtree.client.Client and the server behind it. Trees are graded when submitted,
-    unless their number is in `dying`; waiting and `sleep` advance the clock."""
+    unless their number is in `dying`; those in `problems` do not decode; waiting and `sleep`
+    advance the clock. Prompts fit after `full_s`. A tree given back three times is dead, by its
+    last reason."""
 
     def __init__(self, dying: set[int] = frozenset()) -> None:
         self.now, self.dying, self._ids = 0.0, dying, count()
@@ -22,7 +24,10 @@ class Queue:
         self.acked: list[str] = []
         self.nacked: list[str] = []
         self.leases: dict[str, tuple[str, float]] = {}
+        self.problems: dict[str, str] = {}
+        self.dead: dict[str, str] = {}
         self.fail: dict[str, grpc.StatusCode] = {}
+        self.full_s = 0.0
 
     def monotonic(self) -> float:
         return self.now
@@ -41,8 +46,11 @@ class Queue:
         if code:
             raise RpcFailed(method, "here", code, "told to")
 
-    def submit_prompts(self, prompts, *, wait):
+    def submit_prompts(self, prompts, *, timeout_s, wait):
         assert wait
+        self.now += self.full_s
+        if self.full_s > timeout_s:
+            raise RpcFailed("SubmitPrompts", "here", grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
         for prompt in prompts:
             if prompt.id not in self.submitted:
                 self.submitted.append(prompt.id)
@@ -58,7 +66,8 @@ class Queue:
             tree, lease = self.graded.pop(0), f"lease-{next(self._ids)}"
             self.leases[lease] = (tree, self.now + lease_s)
             rollouts = [((1,), 1.0), ((2,), 0.0)]
-            found.append(TreeLease(lease, flat_tree(rollouts, tree_id=tree), 0))
+            problem = self.problems.get(tree, "")
+            found.append(TreeLease(lease, flat_tree(rollouts, tree_id=tree), 0, problem))
         return found
 
     def extend_lease(self, lease_ids, *, lease_s):
@@ -73,8 +82,12 @@ class Queue:
     def nack_trees(self, lease_ids, reason):
         assert reason
         self._check("NackTrees", lease_ids)
-        self.nacked += [self.leases.pop(lease)[0] for lease in lease_ids]
-        self.graded += self.nacked[-len(lease_ids) :]
+        for tree in [self.leases.pop(lease)[0] for lease in lease_ids]:
+            self.nacked.append(tree)
+            if self.nacked.count(tree) < 3:
+                self.graded.append(tree)
+            else:
+                self.dead[tree] = reason
 
     def queue_stats(self):
         return QueueStats(graded=len(self.graded), leased=len(self.leases), acked=len(self.acked))

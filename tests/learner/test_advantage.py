@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from ibtree.options import CONFIDENCE_FORMS, VALUE_ESTIMATORS, TreeOptions
 from ibtree.tree import Finish, Tree
-from learner.batch import is_uniform, tree_advantages, tree_rows
+from learner.batch import is_uniform, tree_advantages
 from learner.math.advantage import reward_std, step_advantages
-from tests.learner.tiny import config, flat_tree, settings_of
+from tests.learner.tiny import config, flat_tree, rows_of, settings_of
 from tests.reference import slow_loss
 from tests.unit.growing import PLANS, STARTS, Pair, alive_nodes, path_of, step_of
 
@@ -54,16 +54,20 @@ def test_advantages_match_the_definitions(plan, picks, levels, ratio, options):
 @given(plan=PLANS, picks=PICKS)
 def test_a_row_carries_its_steps_token_for_token(plan, picks):
     pair = Pair(2, distinct=not picks).grow(plan).split_some(picks)
-    chosen = config()
+    chosen, seen = config(skip_uniform_trees=False), set()
     ends = {path_of(pair.fast, n) for n in pair.fast.end_nodes()}
     assert ends == {r.path for r in pair.slow.rollouts}
-    rows = tree_rows(pair.fast, chosen)
+    rows = rows_of([pair.fast], chosen)
     for end, row in zip(pair.fast.end_nodes(), rows, strict=True):
         path = path_of(pair.fast, end)
         nodes = [path[: i + 1] for i in range(len(path))]
         steps = [pair.slow.step(node) for node in nodes]
         assert row.token_ids == tuple(t for ids in path for t in ids)
-        assert row.prompt == (7, 8) and row.group == len(pair.slow.rollouts)
+        assert row.prompt == (7, 8)
+        weight = pair.slow.trajectory_weight(path, "visits")
+        assert math.isclose(row.share, weight / len(row.token_ids), rel_tol=1e-12)
+        assert row.shared == sum(len(node[-1]) for node in nodes if node in seen)
+        seen.update(nodes)
         assert row.logprobs == tuple(lp for s in steps for lp in s.logprobs)
         assert row.versions == tuple(v for s in steps for v in s.versions)
         setting = settings_of(chosen)
@@ -113,12 +117,12 @@ def test_local_scale_step_divides_the_local_term_by_the_steps_tokens():
 def test_twins_count_in_the_spread_and_in_the_weight_but_not_in_the_advantage():
     """Three rollouts, two of them alike: (R - mean) / std over all three."""
     tree = flat_tree([((1,), 1.0), ((1,), 1.0), ((2,), 0.0)])
-    first, second = tree_rows(tree, config(local_weight=0.0))
+    first, second = rows_of([tree], config(local_weight=0.0))
     std = math.sqrt(2) / 3
     assert (first.advantages[0], second.advantages[0]) == pytest.approx(
         ((1 - 2 / 3) / std, (0 - 2 / 3) / std)
     )
-    assert (first.weight, second.weight) == pytest.approx((2 / 3, 1 / 3))
+    assert (first.share, second.share) == pytest.approx((2 / 3, 1 / 3))
 
 
 def test_the_root_has_no_advantage_and_the_arguments_are_left_alone():

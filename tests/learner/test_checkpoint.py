@@ -1,23 +1,34 @@
-"""Checkpoints: exact round trips, kills in between, what is kept."""
+"""Checkpoints: exact round trips, kills in between, damage, a full disk, what is kept."""
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from ibtree.errors import FieldError, PreconditionError
 from learner.checkpoint import Checkpoints, TrainState
 from learner.config import LearnerConfig
-from learner.loop import _resume
+from learner.errors import WriteError
+from learner.run import resume
 from learner.trainer import Trainer
 from tests.learner.tiny import CPU, causal_lm, config, mixed_batch
 
 TREES = [[pair.fast for pair in mixed_batch(random.Random(seed))] for seed in range(4)]
+
+
+FILES = {".metadata", "__0_0.distcp", "state.json", "digests.json"}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def new_trainer(seed: int, **model) -> Trainer:
@@ -50,7 +61,19 @@ def same(a: Trainer, b: Trainer) -> bool:
 def test_a_round_trip_restores_everything(tmp_path):
     trainer, fresh = new_trainer(1), new_trainer(2)
     advance(trainer, range(2))
-    state = TrainState(2, 5, "ab12", 64, 123456789, ["run/1", "run/ü"])
+    state = TrainState(
+        step=2,
+        version=5,
+        version_digest="ab12",
+        updates=4,
+        bad_steps=1,
+        prompts_done=32,
+        next_prompt=64,
+        tokens=123456789,
+        trained=["run/1", "run/ü"],
+        leases={"lease-1": "run/3"},
+        figures={"loss": 0.1},
+    )
     Checkpoints(tmp_path, 2).save(trainer.policy, trainer.optimizer, state)
     drawn = torch.rand(3)
     torch.rand(100)
@@ -87,7 +110,7 @@ def test_only_the_newest_are_kept(tmp_path):
     trainer, checkpoints = new_trainer(1), Checkpoints(tmp_path, 2)
     for step in (8, 9, 10, 11):
         checkpoints.save(trainer.policy, trainer.optimizer, TrainState(step=step))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000011"]
+    assert names(tmp_path) == ["step-00000010", "step-00000011"]
     assert checkpoints.load(trainer.policy, trainer.optimizer).step == 11
 
 
@@ -100,7 +123,7 @@ def test_a_run_that_must_not_resume_refuses_a_used_folder(tmp_path):
         "prog", ["--model=m", "--prompts=p", "--resume=never", f"--out-dir={tmp_path}"]
     )
     with pytest.raises(FieldError, match="out_dir"):
-        _resume(Checkpoints(tmp_path / "checkpoints", 2), trainer, config)
+        resume(Checkpoints(tmp_path / "checkpoints", 2), trainer, config)
 
 
 @pytest.mark.parametrize("when", ["weights", "state", "rename"])
@@ -112,25 +135,118 @@ def test_a_kill_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch, 
     Checkpoints(tmp_path, 1).load(kept.policy, kept.optimizer)
     advance(trainer, range(1, 2))
 
-    def die(*_: object, **__: object) -> None:
+    rename = Path.rename
+
+    def die(*paths: object, **_: object) -> Path:
+        if when == "rename" and paths[0].name == ".metadata.tmp":  # torch's own
+            return rename(*paths)
         raise KeyboardInterrupt
 
     target = {
-        "weights": "learner.checkpoint.torch.save",
+        "weights": "learner.shards.save",
         "state": "pathlib.Path.write_text",
         "rename": "pathlib.Path.rename",
     }[when]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(target, die)
         Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=2))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000002.part"]
+    assert names(tmp_path) == ["step-00000001", "step-00000002.part"]
 
     again = Checkpoints(tmp_path, 1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    assert names(tmp_path) == ["step-00000001"]
     assert again.load(fresh.policy, fresh.optimizer).step == 1
     assert same(kept, fresh)
     again.save(trainer.policy, trainer.optimizer, TrainState(step=2))
     assert again.load(fresh.policy, fresh.optimizer).step == 2
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_counts(tmp_path, caplog, harm, name):
+    trainer, want, fresh = new_trainer(1), new_trainer(1), new_trainer(2)
+    for step in (1, 2, 3):
+        advance(trainer, range(step, step + 1))
+        Checkpoints(tmp_path, 3).save(trainer.policy, trainer.optimizer, TrainState(step=step))
+        if step == 1:
+            Checkpoints(tmp_path, 3).load(want.policy, want.optimizer)
+    for damaged in ("step-00000002", "step-00000003"):
+        harm(tmp_path / damaged / name)
+    state = Checkpoints(tmp_path, 3).load(fresh.policy, fresh.optimizer)
+    assert state == TrainState(step=1) and same(fresh, want)
+    kept = ["step-00000001", "step-00000002.damaged", "step-00000003.damaged"]
+    assert names(tmp_path) == kept
+    assert caplog.text.count("is damaged") == 2 and "step-00000003" in caplog.text
+    again = Checkpoints(tmp_path, 1)
+    assert again.load(trainer.policy, trainer.optimizer) == state
+    again.save(trainer.policy, trainer.optimizer, TrainState(step=2))
+    assert names(tmp_path) == ["step-00000002", *kept[1:]]
+
+
+def test_a_checkpoint_damaged_again_is_kept_beside_the_first(tmp_path):
+    trainer = new_trainer(1)
+    for _ in range(2):
+        for step in (1, 2):
+            Checkpoints(tmp_path, 2).save(trainer.policy, trainer.optimizer, TrainState(step=step))
+        truncate(tmp_path / "step-00000002" / "state.json")
+        Checkpoints(tmp_path, 2).load(trainer.policy, trainer.optimizer)
+        shutil.rmtree(tmp_path / "step-00000001")
+    assert names(tmp_path) == ["step-00000002.damaged", "step-00000002.damaged1"]
+
+
+def test_without_a_whole_checkpoint_nothing_starts_anew(tmp_path):
+    trainer = new_trainer(1)
+    Checkpoints(tmp_path, 2).save(trainer.policy, trainer.optimizer, TrainState(step=1))
+    truncate(tmp_path / "step-00000001" / "state.json")
+    for _ in range(2):
+        with pytest.raises(PreconditionError, match=r"no checkpoint .* is whole"):
+            Checkpoints(tmp_path, 2).load(trainer.policy, trainer.optimizer)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+def test_before_its_first_step_the_optimiser_has_no_state(tmp_path):
+    """torch's own helper would have it take an empty step, which counts in Adam's corrections."""
+    trainer, fresh = new_trainer(1), new_trainer(2)
+    Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=1))
+    assert not trainer.optimizer.state
+    advance(fresh, range(1))
+    Checkpoints(tmp_path, 1).load(fresh.policy, fresh.optimizer)
+    assert not fresh.optimizer.state
+    assert advance(fresh, range(1)) == advance(trainer, range(1))
+
+
+def save_with_little_room(folder: str) -> None:
+    """Run in a process of its own: a limit of the operating system on the size of a file."""
+    import resource
+
+    trainer = new_trainer(1)
+    advance(trainer, range(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        Checkpoints(Path(folder), 1).save(trainer.policy, trainer.optimizer, TrainState(step=2))
+    except WriteError as error:
+        sys.exit(f"stopped: {error}")
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path):
+    trainer = new_trainer(1)
+    Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=1))
+    code = f"from {__name__} import *; save_with_little_room({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "stopped: the checkpoint of step 2 could not be written" in done.stderr
+    assert "File too large" in done.stderr
+    assert names(tmp_path) == ["step-00000001"]
+    assert Checkpoints(tmp_path, 1).load(trainer.policy, trainer.optimizer).step == 1
 
 
 def test_durable_before_it_is_named(tmp_path, monkeypatch):
@@ -143,16 +259,16 @@ def test_durable_before_it_is_named(tmp_path, monkeypatch):
         fsync(handle)
 
     def note_rename(self: Path, target: Path) -> Path:
-        done.append("rename")
+        done.append(f"{self.name} named")
         return rename(self, target)
 
     monkeypatch.setattr("os.fsync", note_sync)
     monkeypatch.setattr("pathlib.Path.rename", note_rename)
     trainer = new_trainer(1)
     Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=3))
-    files = {"model.safetensors", "optimizer.pt", "state.json"}
-    assert set(done[:3]) == files
-    assert done[3:] == ["step-00000003.part", "rename", tmp_path.name]
+    assert set(done[-7:-3]) == FILES
+    part = "step-00000003.part"
+    assert done[-3:] == [part, f"{part} named", tmp_path.name]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -160,10 +276,10 @@ def test_tied_weights_are_saved_once(tmp_path, tied):
     trainer, fresh = new_trainer(1, tied=tied), new_trainer(2, tied=tied)
     advance(trainer, range(1))
     Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=1))
-    with safe_open(tmp_path / "step-00000001" / "model.safetensors", "pt") as file:
-        names = set(file.keys())
-    assert ("lm_head.weight" in names) == (not tied)
-    assert len(names) == len(list(trainer.policy.parameters()))
+    stored = FileSystemReader(tmp_path / "step-00000001").read_metadata().state_dict_metadata
+    weights = {name for name in stored if name.startswith("model.")}
+    assert ("model.lm_head.weight" in weights) == (not tied)
+    assert len(weights) == len(list(trainer.policy.parameters()))
     Checkpoints(tmp_path, 1).load(fresh.policy, fresh.optimizer)
     assert same(trainer, fresh)
     head, embedding = fresh.policy.lm_head.weight, fresh.policy.model.embed_tokens.weight

@@ -8,10 +8,15 @@ import random
 import pytest
 import torch
 
-from learner.batch import Row, batch_rows
+from learner.batch import Row
 from learner.config import LearnerConfig
-from learner.math.loss import token_objective, token_weights, truncated_importance, weighted_loss
-from tests.learner.tiny import config, mixed_batch, settings_of
+from learner.math.loss import (
+    token_objective,
+    trajectory_shares,
+    truncated_importance,
+    weighted_loss,
+)
+from tests.learner.tiny import config, mixed_batch, rows_of, settings_of
 from tests.reference import slow_loss
 from tests.unit.growing import Pair
 
@@ -55,7 +60,7 @@ def doubles(values: list[list[float]]) -> torch.Tensor:
 
 
 def fast_rows(pairs: list[Pair], chosen: LearnerConfig) -> list[Row]:
-    return batch_rows([pair.fast for pair in pairs], chosen)[0]
+    return rows_of([pair.fast for pair in pairs], chosen)
 
 
 def fast_loss(
@@ -160,23 +165,18 @@ def test_kl_is_zero_at_the_reference_and_positive_elsewhere():
 
 
 def test_what_the_normalisations_add_up_to():
-    """Rows of 1, 3 and 4 tokens: a tree of two (one with a twin, G = 3) and a tree of one."""
-    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.float64)
+    """Trajectories of 1, 3 and 4 tokens: a tree of two (one a twin, G = 3) and a tree of one."""
+    length = torch.tensor([1.0, 3.0, 4.0])
     weight, group = torch.tensor([2 / 3, 1 / 3, 1.0]), torch.tensor([3.0, 3.0, 1.0])
-
-    def found(how: str) -> list[list[float]]:
-        weights = token_weights(mask, weight, group, trees=5, length_norm=how, constant_tokens=10)
-        assert bool((weights[mask == 0] == 0).all())
-        return [[w for w in row if w] for row in weights.tolist()]
-
-    trajectory = [2 / 3 / 5, 1 / 3 / 3 / 5, 1 / 4 / 5]
     tokens = 2 * 1 + 3 + 4
-    for how, share in [
-        ("trajectory", trajectory),
+    for how, want in [
+        ("trajectory", [2 / 3 / 5, 1 / 3 / 3 / 5, 1 / 4 / 5]),
         ("token", [2 / tokens, 1 / tokens, 1 / tokens]),
         ("constant", [2 / 40, 1 / 40, 1 / 40]),
     ]:
-        want = [[s] * n for s, n in zip(share, (1, 3, 4), strict=True)]
-        assert [pytest.approx(w) for w in want] == found(how)
+        found = trajectory_shares(
+            length, weight, group, trees=5, length_norm=how, constant_tokens=10
+        )
+        assert found.tolist() == pytest.approx(want)
     with pytest.raises(ValueError, match="length_norm"):
-        token_weights(mask, weight, group, trees=1, length_norm="mean")
+        trajectory_shares(length, weight, group, trees=1, length_norm="mean")

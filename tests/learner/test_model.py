@@ -54,7 +54,7 @@ def slow_logprobs(model, prompt: list[int], completion: list[int], temperature: 
 def test_log_probabilities_are_those_of_each_row_alone(kind, temperature):
     model, batch = causal_lm(kind, seed=3), rows()
     with torch.no_grad():
-        found = token_logprobs(model, *padded(batch), 9, temperature)
+        found = token_logprobs(model, *padded(batch), 9, temperature=temperature)
     assert found.dtype == torch.float32 and found.shape == (len(batch), 9)
     for b, (prompt, completion) in enumerate(batch):
         want = slow_logprobs(model, prompt, completion, temperature)
@@ -69,19 +69,21 @@ def test_rows_do_not_see_the_padding_or_each_other(kind):
     model, batch = causal_lm(kind, seed=3), rows()
     ids, mask, prompt = padded(batch)
     with torch.no_grad():
-        want = token_logprobs(model, ids, mask, prompt, 9, 0.7)
-        assert torch.equal(token_logprobs(model, *padded(batch, filler=17), 9, 0.7), want)
+        want = token_logprobs(model, ids, mask, prompt, 9, temperature=0.7)
+        assert torch.equal(
+            token_logprobs(model, *padded(batch, filler=17), 9, temperature=0.7), want
+        )
         order = [3, 1, 5, 0, 2, 4]
-        shuffled = token_logprobs(model, ids[order], mask[order], prompt[order], 9, 0.7)
+        shuffled = token_logprobs(model, ids[order], mask[order], prompt[order], 9, temperature=0.7)
     assert torch.allclose(shuffled, want[order], atol=1e-5)
 
 
 def test_gradient_is_that_of_each_row_alone():
     batch = rows(seed=1)
     together, alone = causal_lm(seed=3), causal_lm(seed=3)
-    token_logprobs(together, *padded(batch), 9, 0.7).sum().backward()
+    token_logprobs(together, *padded(batch), 9, temperature=0.7).sum().backward()
     for row in batch:
-        token_logprobs(alone, *padded([row]), len(row[1]), 0.7).sum().backward()
+        token_logprobs(alone, *padded([row]), len(row[1]), temperature=0.7).sum().backward()
     for a, b in zip(together.parameters(), alone.parameters(), strict=True):
         assert (a.grad - b.grad).norm() <= 1e-4 * b.grad.norm() + 1e-6
 
@@ -90,7 +92,7 @@ def test_bfloat16_logits_are_normalised_in_float32():
     model = causal_lm(seed=3).to(torch.bfloat16)
     ids, mask, prompt = padded([([1, 2], [3])])
     with torch.no_grad():
-        found = token_logprobs(model, ids, mask, prompt, 1, 1.0)
+        found = token_logprobs(model, ids, mask, prompt, 1, temperature=1.0)
         logits = model(input_ids=ids).logits[0, 1].float()
     assert found.dtype == torch.float32
     assert float(found) == pytest.approx(float(torch.log_softmax(logits, -1)[3]), abs=1e-5)

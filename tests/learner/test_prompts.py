@@ -134,3 +134,10 @@ def test_ids_are_stable_and_unique():
 def test_one_question_repeats():
     stream = PromptStream(QUESTIONS[:1], 0, "run")
     assert {stream[n][1] for n in range(5)} == {QUESTIONS[0]}
+
+
+def test_ids_lead_back_to_their_numbers_and_others_to_none():
+    stream = PromptStream(QUESTIONS, 0, "a1/b2")
+    assert [stream.number_of(stream[n][0]) for n in (0, 7, 40)] == [0, 7, 40]
+    for other in ("", "7", "a1/7", "b2/7", "a1/b2/", "a1/b2/x", "a1/b2/-1", "a1/b2/7/1"):
+        assert stream.number_of(other) is None

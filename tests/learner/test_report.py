@@ -1,4 +1,4 @@
-"""Figures of a step, the interval, and what is written."""
+"""Figures of a step, the interval, what is written, and what a resumed run finds written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 
 from ibtree.evaluate import Accuracy, wilson
 from ibtree.tree import Finish, Ledger, Step, Tree
+from learner.checkpoint import TrainState
+from learner.errors import WriteError
 from learner.report import Reporter, staleness, tree_figures
 
 
@@ -106,13 +108,13 @@ def lines(folder) -> list[dict]:
 
 
 def figures(**changes: float) -> dict[str, float]:
-    known = tree_figures(two_trees(), version=7)
+    known = tree_figures(two_trees(), version=7) | {"seconds_compute": 0.0}
     return known | {"loss": 0.25, "log_prob_gap_mean": math.nan, "pause_s": math.inf, **changes}
 
 
 def test_metrics_are_json_with_null_for_what_is_not_known(tmp_path):
     out = tmp_path / "run"
-    with Reporter(out, steps=3) as report:
+    with Reporter(out, 3, TrainState()) as report:
         with report.phase("learn"):
             time.sleep(0.02)
         with report.phase("learn"), report.phase("inner"):
@@ -121,7 +123,7 @@ def test_metrics_are_json_with_null_for_what_is_not_known(tmp_path):
         report.step(2, figures(loss=-1.5))
         report.accuracy(2, Accuracy(0.5, 0.4, 0.6, 100))
         report.say("[bold] is not markup?")
-    with Reporter(out, steps=3) as report:  # a resumed run goes on in the same file
+    with Reporter(out, 3, TrainState(step=2)) as report:  # a resumed run goes on in the same file
         report.step(3, figures())
     first, second, evaluated, third = lines(out)
     assert [one["step"] for one in (first, second, evaluated, third)] == [1, 2, 2, 3]
@@ -139,7 +141,7 @@ def test_metrics_are_json_with_null_for_what_is_not_known(tmp_path):
 
 
 def test_a_phase_that_fails_is_measured(tmp_path):
-    with Reporter(tmp_path, steps=1) as report:
+    with Reporter(tmp_path, 1, TrainState()) as report:
         with pytest.raises(ValueError, match="no"), report.phase("sample"):
             raise ValueError("no")
         report.step(1, figures())
@@ -147,7 +149,58 @@ def test_a_phase_that_fails_is_measured(tmp_path):
 
 
 def test_a_line_a_step_where_there_is_no_terminal(tmp_path, capfd):
-    with Reporter(tmp_path, steps=2) as report:
+    with Reporter(tmp_path, 2, TrainState()) as report:
         report.step(1, figures(loss=0.125))
     written = capfd.readouterr().err
     assert "step 1" in written and "loss 0.125" in written and "\x1b[" not in written
+
+
+def test_a_resumed_run_takes_back_what_it_takes_again(tmp_path):
+    """Killed in step 4, its checkpoint is of step 2: one row a step in the end, in order."""
+    with Reporter(tmp_path, 4, TrainState()) as report:
+        report.accuracy(0, Accuracy(0.25, 0.2, 0.3, 100))
+        for number in (1, 2, 3):
+            report.step(number, figures(loss=number))
+        report.accuracy(3, Accuracy(0.75, 0.7, 0.8, 100))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')
+    state = TrainState(step=2, figures=figures(loss=22.0))
+    with Reporter(tmp_path, 4, state) as report:
+        assert report.evaluated(0) and not report.evaluated(3)
+        assert report.best_accuracy() == 0.25
+        report.step(3, figures(loss=33.0))
+    rows = lines(tmp_path)
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("eval", 0), ("step", 1), ("step", 2), ("step", 3)
+    ]  # fmt: skip
+    assert [row["loss"] for row in rows[1:]] == [1.0, 2.0, 33.0]
+
+
+def test_the_row_that_a_kill_prevented_comes_from_the_checkpoint(tmp_path):
+    """Killed between the checkpoint of step 2 and its row."""
+    with Reporter(tmp_path, 4, TrainState()) as report:
+        report.step(1, figures(loss=1.0))
+    for _ in range(2):
+        with Reporter(tmp_path, 4, TrainState(step=2, figures=figures(loss=22.0))) as report:
+            assert report.best_accuracy() == -1.0
+    assert [(row["step"], row["loss"]) for row in lines(tmp_path)] == [(1, 1.0), (2, 22.0)]
+
+
+def test_the_learn_phase_tells_what_it_spent_outside_the_model(tmp_path, monkeypatch):
+    clock = iter([0.0, 10.0, 14.0, 20.0])
+    monkeypatch.setattr("learner.report.time.monotonic", lambda: next(clock))
+    with Reporter(tmp_path, 1, TrainState()) as report:
+        with report.phase("learn"):
+            pass
+        report.step(1, figures(seconds_compute=3.0))
+    assert lines(tmp_path)[0]["learn_overhead_share"] == pytest.approx(1 - 3 / 4)
+
+
+def test_metrics_that_do_not_fit_on_the_disk_end_the_run(tmp_path):
+    """/dev/full: the disk that is always full."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with (
+        pytest.raises(WriteError, match="metrics could not be written"),
+        Reporter(tmp_path, 1, TrainState()) as report,
+    ):
+        report.step(1, figures())

@@ -1,8 +1,8 @@
 """GRPO of TRL 1.16.0 itself, an independent implementation, against the learner's own path.
 
 With single-step trajectories and lambda 0, `std: sample`, `advantage_eps: 1e-4` and
-`length_norm: trajectory`, IB-TPO is GRPO. Ours is Trainer.step: tree_rows, share_out, pad,
-token_logprobs, token_objective, weighted_loss; theirs is in trl_grpo.py.
+`length_norm: trajectory`, IB-TPO is GRPO. Ours is Trainer.step, either way through the model;
+theirs is in trl_grpo.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Step, Tree
-from learner.batch import Row, tree_rows
+from learner.batch import Row
 from learner.model import token_logprobs
 from learner.trainer import StepFigures, Trainer
-from tests.learner.tiny import CPU, causal_lm, config
+from tests.learner.tiny import CPU, causal_lm, config, rows_of
 from tests.learner.trl_grpo import Rollout, grpo
 
 PROMPTS = [(3, 4, 5, 6), (7, 8), (9,)]
@@ -55,7 +55,7 @@ def with_old(
         with torch.no_grad():
             start = torch.tensor([len(one.prompt)])
             logp = token_logprobs(
-                model, ids, torch.ones_like(ids), start, len(one.ids), temperature
+                model, ids, torch.ones_like(ids), start, len(one.ids), temperature=temperature
             )[0]
         rng = random.Random(str(one.ids))
         found.append(
@@ -83,10 +83,11 @@ def ours(
     trees, policy = trees_of(rollouts), copy.deepcopy(model)
     figures = Trainer(policy, reference, chosen, CPU).step(trees, version=0)
     gradient = torch.cat([weight.grad.flatten() for weight in policy.parameters()])
-    return [row for tree in trees for row in tree_rows(tree, chosen)], figures, gradient
+    return rows_of(trees, chosen), figures, gradient
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("forward", ["packed", "trajectory"])
 @pytest.mark.parametrize(
     ("temperature", "beta", "noise", "clip", "rewards", "twins"),
     [
@@ -99,7 +100,7 @@ def ours(
     ids=["on-policy", "clipped", "kl", "asymmetric-twins", "uniform"],
 )
 def test_advantages_loss_and_gradient_are_those_of_trl(
-    tmp_path, temperature, beta, noise, clip, rewards, twins
+    tmp_path, temperature, beta, noise, clip, rewards, twins, forward
 ):
     assert version("trl") == "1.16.0"
     model, reference = causal_lm(seed=1), causal_lm(seed=1)
@@ -112,6 +113,7 @@ def test_advantages_loss_and_gradient_are_those_of_trl(
     trl_args = {"temperature": temperature, "beta": beta, "epsilon": low, "epsilon_high": high}
     want = grpo(rollouts, GROUP, model, reference, tmp_path, **trl_args)
     chosen = config(
+        forward=forward,
         strategy="independent",
         local_weight=0.0,
         std="sample",

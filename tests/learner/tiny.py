@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ibtree.options import TreeOptions
-from ibtree.tree import Finish, Tree
+from ibtree.tree import Finish, Step, Tree
+from learner.batch import Row, trained_trees, tree_rows
 from learner.config import LearnerConfig
 from learner.model import mend_torchvision
 from tests.reference import slow_loss
@@ -37,6 +40,11 @@ def config(**changes: Any) -> LearnerConfig:
     return LearnerConfig(model="model", prompts="prompts.jsonl", **changes)
 
 
+def rows_of(trees: Sequence[Tree], config: LearnerConfig) -> list[Row]:
+    """The rows of a batch of trees, in their order."""
+    return [row for tree in trained_trees(trees, config) for row in tree_rows(tree, config)]
+
+
 def settings_of(config: LearnerConfig, zero_value_ratio: float = 0.0) -> Setting:
     """The reference's options with the values of `config`."""
     shared = set(Setting.__dataclass_fields__) & set(LearnerConfig.model_fields)
@@ -45,16 +53,28 @@ def settings_of(config: LearnerConfig, zero_value_ratio: float = 0.0) -> Setting
     )
 
 
-def causal_lm(kind: str = "Qwen2", *, seed: int = 0, tied: bool = True) -> Any:
+def causal_lm(kind: str = "Qwen2", *, seed: int = 0, tied: bool = True, **changes: Any) -> Any:
     """A random model whose distributions are far from flat (as initialised they hardly differ)."""
     import transformers
 
     torch.manual_seed(seed)
-    shape = getattr(transformers, f"{kind}Config")(**_SHAPE, tie_word_embeddings=tied)
+    given = {**_SHAPE, **changes}
+    shape = getattr(transformers, f"{kind}Config")(**given, tie_word_embeddings=tied)
     model = getattr(transformers, f"{kind}ForCausalLM")(shape).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(8.0 if weight.dim() > 1 else 1.0)
+    return model
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64 throughout; its own norms compute in float32, torch's do not."""
+    model = model.double()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            norm = nn.RMSNorm(module.weight.shape, module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            model.set_submodule(name, norm)
     return model
 
 
@@ -104,6 +124,35 @@ def mixed_batch(rng: random.Random, zero_value_ratio: float = 0.0) -> list[Pair]
     alike = Pair(1, options=TreeOptions(zero_value_ratio=zero_value_ratio))
     plan = [(0, [(1, 1), (2,)]), (0, [(1, 1), (2,)]), (1, [(0,)])]
     return [pairs[0], alike.grow(plan), pairs[1]]
+
+
+def wild_tree(
+    rng: random.Random, *, rollouts: int, depth: int, splits: int, prompt: int = 3
+) -> Tree:
+    """A tree with whatever a tree can have: steps merged and drawn again, trajectories that end
+    where others go on, steps split at a token, long unary chains. `depth` is in steps."""
+    tree = Tree(tuple(rng.randrange(40) for _ in range(prompt)), options=TreeOptions())
+    for _ in range(rollouts):
+        inner = [n for n in range(len(tree)) if tree.alive(n) == n and not tree.is_leaf(n)]
+        start = rng.choice([0, *inner])
+        room = max(depth - tree.depth_steps(start), 1)
+        steps: list[Step] = []
+        at: int | None = start
+        for _ in range(rng.choice((room, rng.randint(1, room)))):
+            known = [] if at is None else [tree.steps[n].token_ids for n in tree.children(at)]
+            new = tuple(rng.choice((0, 39)) for _ in range(rng.randint(1, 3)))
+            ids = rng.choice([*known, new])
+            logprobs = tuple(-rng.randrange(160) / 64 for _ in ids)
+            steps.append(Step(ids, logprobs, (rng.randrange(3),) * len(ids)))
+            at = None if at is None else tree.find(at, steps[-1:])
+        before = tree.prefix(start) + tuple(t for step in steps for t in step.token_ids)
+        tree.insert(start, steps, float(zlib.crc32(bytes(before)) % 2), Finish.STOP)
+    for _ in range(splits):
+        long = [n for n in range(1, len(tree)) if len(tree.steps[n].token_ids) > 1]
+        if long:
+            node = rng.choice(long)
+            tree.split(node, rng.randrange(1, len(tree.steps[node].token_ids)))
+    return tree
 
 
 def flat_tree(rollouts: list[tuple[tuple[int, ...], float]], **fields: Any) -> Tree:

@@ -108,6 +108,39 @@ def test_the_math_grader(server: Server) -> None:
     assert exact.rewards().max() == 0.0  # to the letter, "5" is not "5.0"
 
 
+@pytest.mark.parametrize("strategy", ["ib", "entropy"])
+def test_stops_end_trajectories(server: Server, strategy: str) -> None:
+    """A stop string to the token that completes it, wherever a branch began; a stop id at once."""
+    from tokenizers import Tokenizer
+
+    (newline,) = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode("\n\n").ids[:1]
+    with Client(server.address) as client:
+        by_text = client.sample_tree(prompt(9, strategy=strategy, stop=("\n\n####", "####")))
+        by_id = client.sample_tree(prompt(9, strategy=strategy, stop_token_ids=(newline,)))
+    for tree in (by_text, by_id):
+        tree.validate()
+        assert all(tree.finishes[n] is not Finish.NONE for n in tree.end_nodes())
+        assert Finish.STOP in {tree.finishes[n] for n in tree.end_nodes()}
+    for end in by_text.end_nodes():
+        text = _text(by_text.prefix(end))
+        if by_text.finishes[end] is Finish.STOP and "####" in text:
+            assert text.endswith("####") and text.count("####") == 1, text
+    assert any(_text(by_text.prefix(n)).endswith("####") for n in by_text.end_nodes())
+    for end in by_id.end_nodes():
+        assert newline not in by_id.prefix(end)[:-1]
+
+
+def test_text_for_clients_without_a_tokenizer(server: Server) -> None:
+    with Client(server.address) as client:
+        *expansions, tree = client.sample_events(prompt(10), include_text=True)
+    assert isinstance(tree, Tree)
+    assert tree.texts == [_text(step.token_ids) for step in tree.steps]
+    for event in expansions:
+        assert isinstance(event, Expansion)
+        whole = _text(tree.prefix(event.end_node))
+        assert event.text and whole.endswith(event.text)
+
+
 def test_token_ids_and_text_grow_the_same_prompt(server: Server) -> None:
     from tokenizers import Tokenizer
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tests.reference.slow_tree import Path, Rollout, SlowTree
+from tests.reference.slow_tree import Path, Rollout, SlowStep, SlowTree
 
 Tokens = tuple[int, ...]
 Policy = Callable[[Tokens, Tokens], float]
@@ -28,6 +28,7 @@ class Setting:
     confidence: str = "geometric"
     local_weight: float = 0.1
     local_scale: str = "token"
+    local_reference: str = "behaviour"
     std: str = "population"
     advantage_eps: float = 0.0
     trajectory_weight: str = "visits"
@@ -73,6 +74,22 @@ def advantage(tree: SlowTree, node: Path, s: Setting) -> float:
     return group + s.local_weight * local
 
 
+def seen_by(policy: Policy, tree: SlowTree, prompt: Tokens) -> SlowTree:
+    """The tree with this policy's log-probabilities in the place of those recorded."""
+    seen = SlowTree()
+    for rollout in tree.rollouts:
+        sofar = tuple(t for ids in rollout.start for t in ids)
+        steps = []
+        for ids, _, versions in rollout.steps:
+            ends = range(len(sofar) + 1, len(sofar) + len(ids) + 1)
+            sofar += ids
+            steps.append(
+                SlowStep(ids, tuple(policy(prompt, sofar[:end]) for end in ends), versions)
+            )
+        seen.insert(rollout.start, steps, rollout.reward, rollout.finish)
+    return seen
+
+
 # --- loss ---------------------------------------------------------------------------------------
 
 
@@ -92,6 +109,7 @@ def k3(logp: float, ref_logp: float) -> float:
 
 def rollout_terms(
     tree: SlowTree,
+    judged: SlowTree,
     rollout: Rollout,
     prompt: Tokens,
     s: Setting,
@@ -99,14 +117,15 @@ def rollout_terms(
     old_policy: Policy | None,
     reference: Policy | None,
 ) -> list[float]:
-    """clipped - kl_weight KL of each token of one rollout. With `old_policy` the ratio is against
-    it, and the engine's recorded log-probabilities enter as truncated importance weight."""
+    """clipped - kl_weight KL of each token of one rollout; advantages are those of `judged`. With
+    `old_policy` the ratio is against it, and the engine's recorded log-probabilities enter as
+    truncated importance weight."""
     terms: list[float] = []
     tokens = rollout.tokens
     at = 0
     for depth in range(1, len(rollout.path) + 1):
         node = rollout.path[:depth]
-        a = advantage(tree, node, s)
+        a = advantage(judged, node, s)
         for engine_logp in tree.step(node).logprobs:
             sofar = tokens[: at + 1]
             logp = policy(prompt, sofar)
@@ -136,11 +155,15 @@ def loss(
     counted = list(trees) if s.uniform_in_denominator else kept
     total = 0.0
     for tree in kept:
+        judged = tree
+        if s.local_reference == "reference":
+            assert reference is not None
+            judged = seen_by(reference, tree, prompt)
         for rollout in tree.rollouts:
             # the leaf's weight, shared by the rollouts that end there
             weight = tree.trajectory_weight(rollout.path, s.trajectory_weight)
             weight /= tree.ends(rollout.path)
-            terms = rollout_terms(tree, rollout, prompt, s, policy, old_policy, reference)
+            terms = rollout_terms(tree, judged, rollout, prompt, s, policy, old_policy, reference)
             if s.length_norm == "trajectory":
                 total += weight * math.fsum(terms) / len(terms) / len(counted)
             else:

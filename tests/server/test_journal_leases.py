@@ -98,7 +98,7 @@ def test_acking_twice_is_a_no_op(book):
 
 
 NOT_HELD = ["absent", "empty", "ran out", "nacked", "acked", "tree's id"]
-CALLS = {"extend": [99.0], "ack": [], "nack": ["why"]}
+CALLS = {"extend": [99.0], "ack": [], "nack": ["why"], "bury": ["why"]}
 
 
 @pytest.mark.parametrize("good_first", [True, False])

@@ -122,11 +122,11 @@ class JournalMachine(RuleBasedStateMachine):
             row.state, row.lease_id, row.until = "leased", one.lease_id, self.book.now + lease_s
             self.old_leases.append(one.lease_id)
 
-    @rule(picks=PICKS, how=st.sampled_from(["extend", "ack", "nack"]))
+    @rule(picks=PICKS, how=st.sampled_from(["extend", "ack", "nack", "bury"]))
     def end_leases(self, picks: list[int], how: str) -> None:
         """Of leases from any time, most often recent ones."""
         chosen = list(dict.fromkeys(self.old_leases[-1 - p % len(self.old_leases)] for p in picks))
-        extra = {"extend": [5.0], "ack": [], "nack": ["no"]}[how]
+        extra = {"extend": [5.0], "ack": [], "nack": ["no"], "bury": ["bad"]}[how]
         if any(lease_id not in self.holders(how) for lease_id in chosen):
             with pytest.raises(UnknownLeaseError):
                 getattr(self.book.journal, how)(chosen, *extra)
@@ -140,6 +140,9 @@ class JournalMachine(RuleBasedStateMachine):
                 row.until = self.book.now + 5.0
             elif how == "nack":
                 self.give_back(id_, "no")
+            elif how == "bury":
+                row.state, row.lease_id = "dead", None
+                row.reasons.append("bad")
             else:
                 row.state, row.tree = "acked", None
 

@@ -156,6 +156,13 @@ async def test_a_monster_costs_one_time_limit_and_gives_0():
         pool.close()
 
 
+def test_a_reference_that_is_too_long_is_refused(maths):
+    maths.check("7" * 2000)
+    with pytest.raises(FieldError, match="at most 2000") as caught:
+        maths.check("7" * 2001)
+    assert caught.value.field == "answer"
+
+
 def test_unknown_graders_and_missing_answers_are_refused():
     graders = Graders({"exact": EXACT, "math": EXACT})
     assert graders.named("exact") is EXACT

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 
 from ibtree.errors import FieldError
 from ibtree.messages import Submission
-from server_ext.rewards.base import Graders
+from server_ext.app import _graders
+from server_ext.config import ServerConfig
 from server_ext.rewards.exact import ExactGrader
 from server_ext.rewards.installed import InstalledGrader, installed_graders
 from server_ext.rewards.pool import GradingPool
@@ -91,9 +93,26 @@ async def test_what_goes_wrong_costs_that_grade_alone(theirs, way, caplog):
     assert await theirs["wild"].grade(Submission("", "half", "")) == 0.5
 
 
-def test_built_in_names_win_and_all_are_listed(theirs):
-    exact = ExactGrader("####")
-    graders = Graders(theirs | {"exact": exact})
-    assert graders.named("exact") is exact
-    with pytest.raises(FieldError, match=r"overlap \| strict \| wild"):
-        graders.named("nope")
+async def test_the_server_lists_all_graders_and_its_own_names_win(theirs, tmp_path):
+    """`theirs` is installed while this runs, and brings an `exact` of its own."""
+    async with AsyncExitStack() as stack:
+        graders = _graders(ServerConfig(model=tmp_path), stack)
+        assert type(graders.named("exact")) is ExactGrader
+        with pytest.raises(FieldError) as caught:
+            graders.named("nope")
+        built_in = {"exact", "math", "regex", "self_consistency", "remote"}
+        assert set(caught.value.allowed.split(" | ")) == built_in | {"overlap", "strict", "wild"}
+        with pytest.raises(FieldError, match="reward_address"):
+            graders.check("remote", "7")
+        for name in built_in - {"remote", "self_consistency"}:
+            with pytest.raises(FieldError, match=f"{name!r} needs one"):
+                graders.check(name, "")
+        graders.check("self_consistency", "")
+
+
+async def test_a_server_whose_default_grader_cannot_grade_does_not_start(tmp_path):
+    async with AsyncExitStack() as stack:
+        with pytest.raises(FieldError, match="reward_address"):
+            _graders(ServerConfig(model=tmp_path, grader="remote"), stack)
+        config = ServerConfig(model=tmp_path, grader="remote", reward_address="localhost:1")
+        _graders(config, stack).check("remote", "")

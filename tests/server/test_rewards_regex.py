@@ -29,7 +29,8 @@ def grader() -> Iterator[RegexGrader]:
         ("#### 41 or 42", "42", 0.0),  # naming many does not help
         ("#### 41\n#### 42", "41", 0.0),
         ("42", "42", 0.0),  # nothing is marked
-        ("####", ".*", 1.0),
+        ("####", ".*", 0.0),  # no answer
+        ("no answer", "x*", 0.0),
         ("#### Paris", "(?i)(city of )?paris", 1.0),
         ("#### the City of paris", "(?i)(city of )?paris", 0.0),
         ("#### 2024-05-06", r"\d{4}-\d\d-\d\d", 1.0),

@@ -102,7 +102,8 @@ async def test_a_service_that_is_not_there_yet_is_waited_for(service):
     with pytest.raises(GraderUnavailableError, match=address):
         await absent.grade(ONE)
     grade = asyncio.create_task(patient.grade(ONE))
-    await asyncio.wait({grade}, timeout=0.2)
+    done, _ = await asyncio.wait({grade}, timeout=2.0)
+    assert not done  # by now, retries alone would have been used up
     server = grpc.aio.server()
     reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server)
     server.add_insecure_port(address)

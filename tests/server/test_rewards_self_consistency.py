@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections import Counter
 
 import pytest
@@ -96,3 +98,33 @@ async def test_all_rewards_follow_the_votes(site, strategy, schedule):
         first = [tree.reward(e.end_node) for e in expansions if e.round == 1]
         assert tree.first_round_reward == sum(first) / len(first)
     assert changed or strategy == "entropy", "no reward was ever changed"
+
+
+async def test_trajectories_that_a_split_merges_keep_all_their_votes(site):
+    """The same tokens, drawn as a whole step by rollouts that were in flight while others had the
+    step split."""
+    texts = [f"{a}{b}\n\n#### {a + b}" for a in range(1, 4) for b in range(2)]
+
+    def write(token_ids, number):
+        before = site.tokenizer.decode(token_ids).removeprefix("What?")
+        fitting = [text for text in texts if text.startswith(before)]
+        return random.Random(number).choice(fitting)[len(before) :]
+
+    generate = site.engine.generate
+
+    async def at_different_times(rid, *request):
+        for _ in range(random.Random(rid.rpartition("/")[2]).randrange(60)):
+            await asyncio.sleep(0)
+        return await generate(rid, *request)
+
+    site.engine.write, site.engine.generate = write, at_different_times
+    options = {"strategy": "entropy", "schedule": "eager", "init_rollouts": 12, "rounds": 25}
+    tree = await site.client.sample_tree(prompt(grader="self_consistency", **options))
+    tree.validate()
+    votes: Counter[str] = Counter()
+    for node in tree.end_nodes():
+        votes[said(site, tree, node)] += tree.ends[node]
+    assert votes.total() == 36 and len(majorities(votes)) < len(votes)
+    for node in tree.end_nodes():
+        assert tree.reward(node) == (said(site, tree, node) in majorities(votes))
+    assert 0.0 <= tree.first_round_reward <= 1.0  # its ends may be merged too

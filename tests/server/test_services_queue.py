@@ -160,6 +160,30 @@ async def test_a_lost_lease_is_named(site):
         assert caught.value.code is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.parametrize("broken", [["a"], ["b"], ["a", "b", "c"]], ids="".join)
+async def test_bytes_that_are_no_tree_are_dead_with_the_reason_and_the_others_are_leased(
+    site, broken
+):
+    """As a disk may return them; in the same call as whole ones, and alone."""
+
+    def spoil(journal: Journal) -> None:
+        for id_ in broken:
+            journal._db.execute("UPDATE trees SET tree = ? WHERE id = ?", (b"\xff" * 40, id_))
+
+    await site.client.submit_prompts(prompts("a", "b", "c"))
+    async with asyncio.timeout(10):
+        while (await site.client.queue_stats()).graded < 3:
+            await asyncio.sleep(0.01)
+    await site.journal(spoil)
+    held = await site.client.lease_trees(3, wait_s=0)
+    assert {one.tree.tree_id for one in held} == {"a", "b", "c"} - set(broken)
+    assert await site.client.queue_stats() == QueueStats(leased=len(held), dead=len(broken))
+    for id_ in broken:
+        (reason,) = await site.journal(Journal.reasons, id_)
+        assert reason.startswith("the journal's 40 bytes are no tree: ")
+    await site.still_serves()
+
+
 async def test_failing_growths_are_tried_again_and_then_dead(site):
     def fail(ids, number):
         raise EngineError("no luck")

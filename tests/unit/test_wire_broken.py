@@ -8,8 +8,10 @@ import pytest
 
 from ibtree.errors import FieldError
 from ibtree.tree import Finish, Tree
+from ibtree.v1 import queue_pb2
 from ibtree.v1 import tree_pb2 as pb
 from ibtree.wire import tree_from_proto, tree_to_proto
+from ibtree.wire_calls import leases_from_proto
 from tests.unit.growing import step_of
 
 
@@ -115,3 +117,20 @@ def test_an_unknown_stop_cause_is_refused():
 def test_no_nodes_are_refused():
     with pytest.raises(FieldError, match="parents"):
         tree_from_proto(pb.Tree())
+
+
+def test_a_broken_tree_does_not_take_the_others_of_its_response_down():
+    broken = small()
+    broken.tree_id, broken.parents[1] = "odd", 3
+    response = queue_pb2.LeaseTreesResponse(
+        leases=[
+            queue_pb2.TreeLease(lease_id=str(i), tree=tree, returns=i)
+            for i, tree in enumerate([small(), broken, pb.Tree(), small()])
+        ]
+    )
+    found = leases_from_proto(response)
+    assert [(one.lease_id, one.returns) for one in found] == [(str(i), i) for i in range(4)]
+    assert [bool(one.problem) for one in found] == [False, True, True, False]
+    assert "tree.parents" in found[1].problem and found[1].tree.tree_id == "odd"
+    assert found[0].tree == found[3].tree == tree_from_proto(small())
+    assert found[1].tree.trajectories == 0

@@ -1,0 +1,132 @@
+"""`make bench-learning`: ways to grow and to weigh, trained at one budget of generated tokens.
+
+One server for all; each run is a learner of its own that starts from the untrained model (it pushes
+it first). Accuracy while learning is that of the first rollouts of each step's trees, which no
+branching inflates; at the end 256 held-out problems are asked. `--tasks`, `--ways`, `--seeds` and
+`--tokens` make it shorter; runs that are there already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "arith"))
+
+import task
+from processes import MODEL, SAMPLING, Ended, command, running, server_command, wait_until_serving
+
+OUT = Path(__file__).parent / "out" / "learning.json"
+RUNS = OUT.with_suffix("")
+HELD_OUT, PER_STEP = 256, 16
+TASKS = {"easy": (6, 96), "sparse": (14, 192)}
+"""Terms of the problems, and most new tokens of a trajectory."""
+TREE = ["--init-rollouts=4", "--rounds=9"]
+WAYS = {
+    "ib_tpo": ["--strategy=ib", *TREE],
+    "grpo": ["--strategy=independent", "--init-rollouts=8", "--rounds=1", "--local-weight=0"],
+    "ib_tree_lambda_0": ["--strategy=ib", "--local-weight=0", *TREE],
+    "random_tree": ["--strategy=random", *TREE],
+    "ib_budget": ["--strategy=ib_budget", *TREE],
+}
+"""The rows of the paper's Table 2, and ours."""
+T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Student's t at 97.5 % by number of seeds."""
+
+
+def learn(target: str, way: str, name: str, seed: int, tokens: int) -> list[dict[str, Any]]:
+    """The rows of the run's metrics."""
+    folder = RUNS / f"{name}-{way}-{seed}-{tokens}"
+    metrics = folder / "metrics.jsonl"
+    if not (folder / "last").exists():
+        terms, longest = TASKS[name]
+        train, held_out = task.split(4096, HELD_OUT, terms, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        task.write_jsonl(folder / "train.jsonl", train)
+        task.write_jsonl(folder / "held_out.jsonl", held_out)
+        line = command(
+            "ibtpo-learner",
+            *(f"--server={target}", f"--model={MODEL}", f"--out-dir={folder}", f"--seed={seed}"),
+            f"--prompts={folder / 'train.jsonl'}",
+            f"--eval-prompts={folder / 'held_out.jsonl'}",
+            *("--device=cpu", "--threads=1", "--grader=exact", "--kl-weight=0", "--lr=7e-4"),
+            *(f"--prompts-per-step={PER_STEP}", "--prompts-ahead-steps=0", "--steps=1000"),
+            *("--checkpoint-every-steps=1000", f"--max-tokens={tokens}"),
+            *(*SAMPLING[:-1], f"--max-new-tokens={longest}", *WAYS[way]),
+        )
+        with running(line, folder / "log") as process:
+            if process.popen.wait():
+                raise Ended(f"{way}: the learner's last words:\n{process.last_words()}")
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy at the end, and its mean over the tokens generated on the way."""
+    steps = [row for row in rows if row["kind"] == "step"]
+    evals = [row for row in rows if row["kind"] == "eval"]
+    spent = [row["generated_tokens"] for row in steps]
+    seen = [row["first_round_reward"] for row in steps]
+    return {
+        "before": evals[0]["accuracy"],
+        "final": evals[-1]["accuracy"],
+        "area": sum(a * t for a, t in zip(seen, spent, strict=True)) / sum(spent),
+        "eff_rate": statistics.mean(row["eff_rate"] for row in steps),
+        "steps": len(steps),
+    }
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half its 95 % interval over seeds."""
+    if len(values) < 2:
+        return values[0], math.nan
+    spread = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), T_975.get(len(values), 1.96) * spread
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    arguments = parser.parse_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    with running(server_command(RUNS / "server"), RUNS / "server.log") as process:
+        target = wait_until_serving(process).grpc
+        for seed in range(arguments.seeds):
+            for name in arguments.tasks:
+                for way in arguments.ways:
+                    rows = learn(target, way, name, seed, arguments.tokens)
+                    found.setdefault((name, way), []).append(figures_of(rows))
+                    print(name, way, seed, found[name, way][-1], flush=True)
+    report(found)
+
+
+def report(found: dict[tuple[str, str], list[dict[str, float]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    figures: dict[str, float] = {}
+    table = Table(title="mean ± half the 95 % interval over seeds")
+    for column in ("task", "way", *next(iter(found.values()))[0]):
+        table.add_column(column, justify="right" if table.columns[1:] else "left")
+    for (name, way), runs in found.items():
+        cells = []
+        for figure in runs[0]:
+            mean, half = mean_and_interval([run[figure] for run in runs])
+            figures[f"{name}_{way}_{figure}"] = mean
+            figures[f"{name}_{way}_{figure}_interval"] = half
+            cells.append(f"{mean:.3f} ± {half:.3f}")
+        table.add_row(name, way, *cells)
+    Console(width=140).print(table)
+    OUT.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

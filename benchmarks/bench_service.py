@@ -1,0 +1,249 @@
+"""`make bench-service`: trees through gRPC beside the same grower called in process, on one engine.
+
+The client is a process of its own. Both ways take turns on the same problems; a ratio is the
+median over pairs. Then trees are cancelled, and 1,000 prompts go through the queue while the
+server's memory is watched.
+"""
+
+from __future__ import annotations
+
+import server_ext.cpu  # isort: skip  # noqa: F401  first: SGLang's children re-import this module
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from forest_on import forest_on
+
+HERE = Path(__file__).parent
+OUT = HERE / "out" / "service.json"
+ARITH = HERE.parent / "examples" / "arith"
+MODEL = ARITH / "model"
+IN_FLIGHT = (1, 16, 64)
+QUEUED = 1000
+
+
+def rss_mb() -> float:
+    """Memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class Served:
+    """An engine, a forest on it, and the two services that clients use, over loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        from ibtree.options import SamplingOptions, TreeOptions
+        from server_ext.engine import SglangEngine
+        from server_ext.rewards.base import Graders
+        from server_ext.rewards.exact import ExactGrader
+        from server_ext.text import Tokenizer
+
+        self.engine = SglangEngine(str(MODEL), "cpu", "float32", 600.0, [])
+        sampling = SamplingOptions(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=128)
+        graders = Graders({"exact": ExactGrader("####")})
+        self.forest = forest_on(
+            self.engine, Tokenizer(MODEL), graders, TreeOptions(sampling=sampling), "exact"
+        )
+        self._folder = folder
+
+    async def start(self) -> str:
+        """The address it serves on."""
+        import grpc
+
+        from ibtree.options import SamplingOptions
+        from ibtree.v1 import queue_pb2_grpc, sampling_pb2, sampling_pb2_grpc
+        from ibtree.wire import tree_to_proto
+        from ibtree.wire_calls import prompt_from_proto
+        from server_ext.journal import Journal
+        from server_ext.producer import JournalThread, Producer
+        from server_ext.services.queue import QueueService
+        from server_ext.services.sampling import SamplingService
+
+        await self.engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
+        defaults = self.forest.defaults
+        self.journal = JournalThread(partial(Journal, self._folder / "journal.sqlite"))
+        producer = Producer(
+            self.journal,
+            self.forest,
+            lambda data: prompt_from_proto(sampling_pb2.Prompt.FromString(data), defaults),
+            lambda tree: tree_to_proto(tree).SerializeToString(),
+        )
+        sampling = SamplingService(self.forest, self.journal, producer, 100_000)
+        queue = QueueService(self.journal, producer, 600.0, lambda: sampling.interactive)
+        self.server = grpc.aio.server()
+        sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, self.server)
+        queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, self.server)
+        address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        await self.server.start()
+        self.producing = asyncio.create_task(producer.run())
+        return address
+
+    async def grow(self, problems: list[Any], in_flight: int) -> float:
+        """Trees per second without gRPC."""
+        from ibtree.messages import Prompt
+
+        places = asyncio.Semaphore(in_flight)
+
+        async def one(problem: Any) -> None:
+            async with places:
+                job = self.forest.check(Prompt(problem.prompt, "", problem.answer))
+                await self.forest.grow(job, lambda _: None, time.time())
+
+        began = time.perf_counter()
+        await asyncio.gather(*(one(problem) for problem in problems))
+        return len(problems) / (time.perf_counter() - began)
+
+    async def stop(self) -> None:
+        self.producing.cancel()
+        await self.server.stop(0)
+        self.journal.close()
+
+
+async def client(address: str) -> None:
+    """The child: a JSON line {in_flight, problems} in, a line of trees per second out."""
+    from ibtree.client import AsyncClient
+    from ibtree.messages import Prompt
+
+    async with AsyncClient(address) as calls:
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            command = json.loads(line)
+            places = asyncio.Semaphore(command["in_flight"])
+
+            async def one(prompt: str, answer: str, places: asyncio.Semaphore = places) -> None:
+                async with places:
+                    await calls.sample_tree(Prompt(prompt, "", answer))
+
+            began = time.perf_counter()
+            await asyncio.gather(*(one(*problem) for problem in command["problems"]))
+            print(len(command["problems"]) / (time.perf_counter() - began), flush=True)
+
+
+class Client:
+    """The other end of the child. (Not asyncio's: SGLang replaces the loop policy under it.)"""
+
+    def __init__(self, address: str) -> None:
+        command = [sys.executable, __file__, "--client", address]
+        pipe = subprocess.PIPE
+        self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+
+    def stop(self) -> None:
+        self._child.terminate()
+        self._child.wait()
+
+    async def grow(self, problems: list[Any], in_flight: int) -> float:
+        """Trees per second through gRPC."""
+        asked = [[problem.prompt, problem.answer] for problem in problems]
+        line = json.dumps({"in_flight": in_flight, "problems": asked}) + "\n"
+        assert self._child.stdin and self._child.stdout
+        self._child.stdin.write(line)
+        return float(await asyncio.to_thread(self._child.stdout.readline))
+
+
+async def throughput(served: Served, child: Client, pairs: int, problems: Any) -> dict[str, float]:
+    """Medians over pairs that take turns at being first."""
+    figures: dict[str, float] = {}
+    for in_flight in IN_FLIGHT:
+        ratios, rates = [], []
+        count = max(2 * in_flight, 12)
+        for pair in range(pairs):
+            chosen = problems(count, 6, 1000 * in_flight + pair)
+            ways = [served.grow, child.grow]
+            if pair % 2:
+                ways.reverse()
+            await ways[0](chosen[:in_flight], in_flight)  # both find the cache alike
+            took = {way: await way(chosen, in_flight) for way in ways}
+            ratios.append(took[child.grow] / took[served.grow])
+            rates.append(took[child.grow])
+        figures[f"throughput_ratio_{in_flight}"] = statistics.median(ratios)
+        figures[f"trees_per_s_{in_flight}"] = statistics.median(rates)
+    return figures
+
+
+async def cancellation(served: Served, problems: Any) -> dict[str, float]:
+    """Seconds from the cancellation of 64 growing trees until the engine runs nothing."""
+    took = []
+    for attempt in range(5):
+        growing = asyncio.create_task(served.grow(problems(64, 10, attempt), 64))
+        while served.forest.slots.in_flight < 128:
+            await asyncio.sleep(0.01)
+        growing.cancel()
+        began = time.perf_counter()
+        await asyncio.wait([growing])
+        await served.engine.flush()  # refused while anything runs
+        took.append(time.perf_counter() - began)
+    return {"cancel_frees_s": statistics.median(took)}
+
+
+async def memory(served: Served, address: str, problems: Any) -> dict[str, float]:
+    """1,000 prompts queued at once; the growth of memory is from the first hundred trees on."""
+    from ibtree.client import AsyncClient
+    from ibtree.messages import Prompt
+
+    chosen = problems(QUEUED, 6, 7)
+    prompts = [Prompt(p.prompt, f"queued-{i}", p.answer) for i, p in enumerate(chosen)]
+    seen: list[float] = []
+    async with AsyncClient(address) as calls:
+        await calls.submit_prompts(prompts)
+        done = 0
+        while done < QUEUED:
+            leases = await calls.lease_trees(32, wait_s=60)
+            await calls.ack_trees([lease.lease_id for lease in leases])
+            done += len(leases)
+            if done >= 100:
+                seen.append(rss_mb())
+    return {"queued_memory_growth": max(seen) / seen[0], "queued_memory_mb": max(seen)}
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--client", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.client:
+        return await client(arguments.client)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.insert(0, str(ARITH))
+    from task import problems
+
+    with tempfile.TemporaryDirectory() as folder:
+        served = Served(Path(folder))
+        try:
+            address = await served.start()
+            child = Client(address)
+            try:
+                figures = await throughput(served, child, arguments.pairs, problems)
+            finally:
+                child.stop()
+            figures |= await cancellation(served, problems)
+            figures |= await memory(served, address, problems)
+            await served.stop()
+        finally:
+            served.engine.shutdown()
+    report(figures)
+    return None
+
+
+def report(figures: dict[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value", title="through gRPC, beside the grower called in process")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4g}")
+    Console().print(table)
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,26 @@
+"""What ends a run besides bad settings and a server that stays away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class NotFiniteError(RuntimeError):
+    """Several steps in a row had no finite loss and gradient."""
+
+
+class WriteError(RuntimeError):
+    """A file of the run could not be written: the disk is full, or a quota or limit is reached."""
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Raises WriteError where writing `what` below `folder` fails inside."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"{what} could not be written to {folder}: {error}") from error

@@ -1,0 +1,136 @@
+"""What a run is made of, put together at the start: everything before the loop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+
+import torch
+
+from ibtree.client import Client
+from ibtree.errors import FieldError
+from ibtree.questions import Question
+from learner.checkpoint import Checkpoints, TrainState
+from learner.config import LearnerConfig
+from learner.door import flaw
+from learner.errors import writing
+from learner.export import Exports
+from learner.intake import Intake
+from learner.model import load_policy
+from learner.prompts import PromptStream, questions_of
+from learner.publish import Publisher
+from learner.ranks import Ranks
+from learner.report import Reporter
+from learner.trainer import Trainer
+
+
+@dataclass
+class Run:
+    """The parts of a run, each of them one file of this package; `stop` grows when SIGTERM or
+    SIGINT comes."""
+
+    config: LearnerConfig
+    state: TrainState
+    held_out: list[Question]
+    intake: Intake
+    trainer: Trainer
+    checkpoints: Checkpoints
+    publisher: Publisher
+    exports: Exports
+    report: Reporter
+    stop: list[int]
+
+
+@contextmanager
+def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
+    """The run, new or resumed from its newest checkpoint; the server serves its weights. At the end
+    the trees in hand are given back.
+
+    Raises FieldError and PreconditionError for settings that do not fit, RpcFailed, RankLostError.
+    """
+    stop = _stop_on_signals()
+    questions = questions_of(config.prompts, config)
+    held_out = questions_of(config.eval_prompts, config) if config.eval_prompts else []
+    with Client(config.server) as client:
+        publisher = Publisher(client, config.model, config.out_dir, config.patience_s, ranks)
+        trainer = new_trainer(config, ranks)
+        policy = trainer.policy
+        checkpoints = Checkpoints(config.out_dir / "checkpoints", config.keep_checkpoints, ranks)
+        state = resume(checkpoints, trainer, config)
+        stream = PromptStream(questions, config.seed, _run_id(config))
+        usable = partial(flaw, model_id=publisher.model_id, vocab_size=policy.config.vocab_size)
+        intake = Intake(client, stream, config, state, usable, stop)
+        intake.give_back_from_before()
+        publisher.align(policy, state)
+        exports = Exports(config.model, config.out_dir, publisher.staged, publisher.dtype)
+        with Reporter(config.out_dir, config.steps, state) as report:
+            try:
+                yield Run(
+                    config=config,
+                    state=state,
+                    held_out=held_out,
+                    intake=intake,
+                    trainer=trainer,
+                    checkpoints=checkpoints,
+                    publisher=publisher,
+                    exports=exports,
+                    report=report,
+                    stop=stop,
+                )
+            finally:
+                intake.give_back("the learner stops")
+
+
+def new_trainer(config: LearnerConfig, ranks: Ranks) -> Trainer:
+    """This rank's, with torch set up. Raises FieldError for a model that does not fit."""
+    torch.manual_seed(config.seed + ranks.rank)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    # shards move to the ranks' devices layer by layer: a whole model may not fit there
+    device = ranks.device if ranks.mesh is None else torch.device("cpu")
+    policy, reference = load_policy(config.model, device, config.dtype), None
+    if config.kl_weight or config.local_reference == "reference":
+        frozen = config.reference_model or config.model
+        reference = load_policy(frozen, device, config.dtype)
+    return Trainer(policy, reference, config, ranks.device, ranks)
+
+
+def resume(checkpoints: Checkpoints, trainer: Trainer, config: LearnerConfig) -> TrainState:
+    """The state of the newest whole checkpoint, loaded; a new one without any.
+
+    Raises FieldError, PreconditionError.
+    """
+    if config.resume == "never" and checkpoints.newest():
+        problem = f"{config.out_dir} holds checkpoints of another run"
+        raise FieldError("out_dir", problem, "a folder of its own, or --resume auto")
+    return checkpoints.load(trainer.policy, trainer.optimizer) or TrainState()
+
+
+def _run_id(config: LearnerConfig) -> str:
+    """Names the run's prompts on the server; kept, so that a resumed run knows its own."""
+    path = config.out_dir / "run.json"
+    if config.resume == "never" or not path.is_file():
+        fresh = path.with_suffix(".new")
+        with writing("run.json", config.out_dir):
+            fresh.write_text(json.dumps({"run_id": uuid.uuid4().hex[:12]}))
+            fresh.rename(path)
+    return str(json.loads(path.read_text())["run_id"])
+
+
+def _stop_on_signals() -> list[int]:
+    """Grows when SIGTERM or SIGINT comes; a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return received
