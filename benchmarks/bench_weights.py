@@ -32,7 +32,8 @@ from weights_model import make_model, train
 from ibtree import Client
 from ibtree.weight_delta import write_delta
 from ibtree.weights import CHUNK_BYTES, make_manifest, write_file
-from learner.checkpoint import weights_of
+from learner.ranks import ALONE
+from learner.shards import weights_of
 from server_ext.weights.host import HostCopy
 
 HERE = Path(__file__).parent
@@ -54,7 +55,7 @@ def delta_figures(folder: Path, parameters: float) -> dict[str, float]:
     model, old, new = make_model(parameters), folder / "20", folder / "21"
     for step, _ in enumerate(train(model, 21, lr=1e-6), start=1):
         if step >= 20:
-            half = {n: t.to(torch.bfloat16) for n, t in weights_of(model).items()}
+            half = {n: t.to(torch.bfloat16) for n, t in weights_of(model, ALONE).items()}
             save_file(half, old if step == 20 else new)
     full_bytes, delta = new.stat().st_size, folder / "delta"
     manifest = make_manifest(new, 21, "model")
