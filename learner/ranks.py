@@ -51,7 +51,8 @@ class Ranks:
 
     @contextmanager
     def together(self, name: str, trees: Sequence[Tree] = (), **facts: Any) -> Iterator[None]:
-        """Around what all ranks do at once. The leader's call reaches the others as an Order.
+        """Around what all ranks do at once, and all that they tell each other: in between others
+        listen. The leader's call reaches them as an Order.
 
         `facts` go through JSON. Raises RankLostError if another rank fails inside or does not come.
         An OSError inside must be one that every rank raises: it leaves the ranks together.
@@ -110,11 +111,11 @@ class Group(Ranks):
             yield order
 
     def end(self) -> None:
-        """Lets the others go, unless the ranks have lost each other."""
+        """Lets the others go, unless the ranks have lost each other. Raises RankLostError."""
         self._over.set()
         if self._together and self.leads:
-            with suppress(RankLostError), self.together(_END):
-                pass  # what ends the run says more than a rank that has gone before
+            with self.together(_END):
+                pass
         if self._together:
             dist.destroy_process_group()
 
@@ -184,8 +185,11 @@ def joined(config: LearnerConfig) -> Iterator[Ranks]:
         raise RankLostError(f"the ranks did not find each other: {error}") from error
     try:
         yield group
-    finally:
-        group.end()
+    except BaseException:
+        with suppress(RankLostError):  # what ends the run says more than a rank gone before
+            group.end()
+        raise
+    group.end()
 
 
 def _own_device(name: str) -> torch.device:

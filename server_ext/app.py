@@ -109,7 +109,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             defaults=defaults,
             default_grader=config.grader,
             limits=Limits(
-                config.max_trajectories,
+                config.limit_trajectories,
                 config.limit_new_tokens,
                 config.limit_temperature,
                 config.limit_deadline_s,

@@ -75,7 +75,7 @@ class ServerConfig(Settings):
     oldest loses its protection."""
     audit_every_s: float = Field(default=0.0, ge=0)
     """Compare one cached prefix with a computed one this often; 0: never."""
-    max_trajectories: int = Field(default=256, ge=1)
+    limit_trajectories: int = Field(default=256, ge=1)
     """Most trajectories a prompt may ask for."""
     limit_new_tokens: int | None = Field(default=None, ge=1)
     """Largest max_new_tokens a prompt may ask for. null: what the model's context leaves."""

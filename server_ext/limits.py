@@ -29,7 +29,7 @@ class Limits:
         """The options, with the longest deadline if they have none. Raises FieldError."""
         if options.trajectories > self.trajectories:
             problem = f"the shape asks for {options.trajectories} trajectories"
-            allowed = f"at most {self.trajectories} (the server's --max-trajectories)"
+            allowed = f"at most {self.trajectories} (the server's --limit-trajectories)"
             raise FieldError("options.rounds", problem, allowed)
         sampling = options.sampling
         for field, value, most, setting in (

@@ -228,7 +228,7 @@ def test_rank_0_may_be_quiet_for_longer_than_the_timeout():
 def test_a_rank_that_stalls_ends_the_run_after_the_timeout(tmp_path, model):
     recording = record(model, 40 * PER_STEP, PER_STEP, seed=5)
     with RecordedServer(tmp_path, model, recording) as server:
-        one = Learner(server, model, *OPTIONS, "--rank-timeout-s=8")
+        one = Learner(server, model, *OPTIONS, "--rank-timeout-s=12")
         process = one.start("--steps=30", ranks=2)
         server.after_calls(25, 0.0, lambda: os.kill(rank_of(process, 1), signal.SIGSTOP))
         assert ended(process) == 1

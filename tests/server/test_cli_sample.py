@@ -231,7 +231,7 @@ async def test_ctrl_c_cancels_the_call(site, screen, how):
         (["--beta=nan"], "ibtpo: beta: got nan; allowed: "),
         (["--strategy=best\x1b"], "options.strategy: unknown strategy"),
         (["--grader=nobody"], "INVALID_ARGUMENT: grader: unknown grader 'nobody'; allowed: "),
-        (["--init-rollouts=4096"], "at most 40 (the server's --max-trajectories)"),
+        (["--init-rollouts=4096"], "at most 40 (the server's --limit-trajectories)"),
         (["--stop=" + "x" * 300], "ibtpo: sampling.stop: characters: got 300; allowed: "),
         (["--prompt="], "INVALID_ARGUMENT: prompt: empty; allowed: "),
         (["--prompt=-"], "ibtpo: prompt: 'utf-8' codec can't decode byte 0xff"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -11,9 +12,10 @@ import pytest
 from ibtree import Client
 from ibtree.client import RpcFailed
 from ibtree.errors import FieldError
-from ibtree.options import changed
+from ibtree.options import TreeOptions, changed, options_from
 from ibtree.v1 import sampling_pb2
 from ibtree.wire_calls import prompt_to_proto
+from server_ext.config import ServerConfig
 from server_ext.limits import Limits, Pace
 from tests.server.fakes import until
 from tests.server.site import DEFAULTS, Site, prompt
@@ -24,7 +26,11 @@ FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
 @pytest.mark.parametrize(
     ("limits", "asked", "words"),
     [
-        (Limits(trajectories=5), {}, "options.rounds: the shape asks for 6 .* --max-trajectories"),
+        (
+            Limits(trajectories=5),
+            {},
+            "options.rounds: the shape asks for 6 .* --limit-trajectories",
+        ),
         (Limits(new_tokens=63), {}, "sampling.max_new_tokens: got 64; .* 63 .*--limit-new-tokens"),
         (Limits(temperature=0.9), {}, "sampling.temperature: got 1; .* 0.9 .*--limit-temperature"),
         (Limits(deadline_s=5), {"deadline_s": 5.5}, "deadline_s: got 5.5; .*--limit-deadline-s"),
@@ -41,6 +47,11 @@ def test_what_is_allowed_passes_and_the_longest_deadline_is_given():
     shorter = changed(DEFAULTS, deadline_s=2.0)
     assert limits.applied(shorter) == shorter
     assert Limits().applied(DEFAULTS) == DEFAULTS
+
+
+def test_no_setting_of_the_server_is_taken_for_an_option_of_every_tree():
+    """Settings with an option's name are its default; a limit must not be one by accident."""
+    assert options_from(ServerConfig(model=Path("model"))) == TreeOptions()
 
 
 async def test_limits_hold_at_the_door(tmp_path):
