@@ -103,12 +103,12 @@ class Site:
     async def __aexit__(self, *_: object) -> None:
         await self.channel.close()
         await self.client.close()
+        self.producing.cancel()  # before anything may end by itself
+        with suppress(asyncio.CancelledError):
+            await self.producing
         self.engine.go_on.set()
         self.engine.half_way.set()
         await self.server.stop(0)
-        self.producing.cancel()
-        with suppress(asyncio.CancelledError):
-            await self.producing
         self.journal.close()
 
     async def still_serves(self) -> None:
