@@ -170,6 +170,8 @@ class SglangEngine:
         """Of the weight labels: how many there were; the one that may still be taken back, if any;
         those that were."""
         self._waiting: dict[str, asyncio.Task[Any] | None] = {}
+        self._names: dict[str, str] = {}
+        """By what SGLang knows the requests that are under way."""
 
     async def generate(
         self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
@@ -190,14 +192,21 @@ class SglangEngine:
                 "no_stop_trim": True,
             }
         tree, _, _ = rid.rpartition("/")
+        attempt = 0
         while True:
-            out = await self._ask(rid, tree, token_ids, parameters)
+            # what SGLang still does for an ended request of the same name hits the next one
+            self._names[rid] = name = f"{rid}.{attempt}" if attempt else rid
+            try:
+                out = await self._ask(name, tree, token_ids, parameters)
+            finally:
+                del self._names[rid]
             labels = {span["version"] for span in out["meta_info"]["weight_versions"]}
             if self._trial in labels:
                 async with self._waits(rid):
                     await self._gate.opened()
             if not labels & self._withdrawn:
-                return _completion(out)
+                return _completion(out, len(token_ids))
+            attempt += 1
 
     @asynccontextmanager
     async def _waits(self, rid: str) -> AsyncIterator[None]:
@@ -240,10 +249,11 @@ class SglangEngine:
     def abort(self, rid: str) -> None:
         """Ends a request early: its `generate` returns what it has, or is cancelled if it still
         waits for a weight update."""
-        if waiting := self._waiting.get(rid):
+        name = self._names.get(rid, rid)
+        if waiting := self._waiting.get(name):
             waiting.cancel()
         else:
-            self._engine.tokenizer_manager.abort_request(rid)
+            self._engine.tokenizer_manager.abort_request(name)
 
     async def score(
         self, prefix: Sequence[int], token: int, *, tree: str = "", cold: bool = False
@@ -382,7 +392,7 @@ def _score(out: dict[str, Any]) -> Score:
     return Score(float(logprob), int(meta["cached_tokens"]), _version(span))
 
 
-def _completion(out: dict[str, Any]) -> Completion:
+def _completion(out: dict[str, Any], prefix_tokens: int) -> Completion:
     meta = out["meta_info"]
     pairs = meta["output_token_logprobs"]
     reason = (meta["finish_reason"] or {}).get("type")
@@ -395,6 +405,6 @@ def _completion(out: dict[str, Any]) -> Completion:
         logprobs=tuple(float(logprob) for logprob, _, _ in pairs),
         versions=tuple(versions),
         finish={"stop": Finish.STOP, "length": Finish.LENGTH}.get(reason or "", Finish.NONE),
-        prefix_tokens=int(meta["prompt_tokens"]),
-        cached_tokens=int(meta["cached_tokens"]),
+        prefix_tokens=prefix_tokens,
+        cached_tokens=int(meta.get("cached_tokens", 0)),  # missing: aborted before it began
     )
