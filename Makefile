@@ -5,7 +5,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 PROTOS := $(wildcard protos/ibtree/v1/*.proto)
 
-.PHONY: setup demo test lint protos bench soak clean
+.PHONY: setup demo test lint protos bench soak soak-weights clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -46,6 +46,9 @@ bench-%: setup
 # The tests' kill loops at full length.
 soak: setup
 	IBTPO_SOAK=1 $(PY) -m pytest tests/fault tests/learner/test_resume.py
+
+soak-weights: setup
+	IBTPO_SOAK=1 $(PY) -m pytest --timeout 3000 tests/server/test_weights_killed.py
 
 clean:
 	rm -rf .venv runs benchmarks/out

@@ -204,7 +204,8 @@ class Arm:
                 for name, t in weights.items()
                 if t.ndim == 2
             ]
-            before = [prefix.token_ids for prefix in forest.open_prefixes()]
+            while not (before := [prefix.token_ids for prefix in forest.open_prefixes()]):
+                await asyncio.sleep(0.05)  # until a rollout has ended
             async with self.engine.paused():
                 began = time.perf_counter()
                 self.version += 1

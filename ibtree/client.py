@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from ibtree.messages import (
     Prompt,
     PushOutcome,
     QueueStats,
+    RollbackOutcome,
     ServedWeights,
     TreeLease,
 )
@@ -39,6 +41,7 @@ from ibtree.v1 import (
     weights_pb2,
     weights_pb2_grpc,
 )
+from ibtree.weight_push import Exchange, Resumption
 from ibtree.weights import WeightManifest
 
 __all__ = ["DEFAULT_TARGET", "AsyncClient", "Client", "RpcFailed"]
@@ -153,12 +156,43 @@ class Client:
         )
 
     def push_weights(
-        self, manifest: WeightManifest, path: Path, *, timeout_s: float = 600.0, wait: bool = False
+        self,
+        manifest: WeightManifest,
+        path: Path,
+        *,
+        shared_path: str = "",
+        timeout_s: float = 600.0,
+        wait: bool = False,
     ) -> PushOutcome:
-        """Pushes a version held in a safetensors file; returns when it serves."""
-        parts = wire_calls.push_parts(manifest, path)
-        return wire_calls.pushed_from_proto(
-            self._call(self._weights.PushWeights, parts, timeout_s, wait)
+        """Pushes a version held in a safetensors file; returns when it serves. A stream that breaks
+        goes on where it stopped. `shared_path`: where the server finds the file in its shared
+        folder; nothing is sent then."""
+        deadline, resumption = Deadline(timeout_s), Resumption()
+        while True:
+            exchange = Exchange(manifest, path, shared_path)
+            call = self._weights.PushWeights(
+                exchange.requests(), timeout=deadline.left_s, wait_for_ready=wait
+            )
+            try:
+                for message in call:
+                    if outcome := exchange.answered(message):
+                        return outcome
+                raise RpcFailed("PushWeights", self.target, grpc.StatusCode.INTERNAL, "no outcome")
+            except grpc.RpcError as error:
+                failed = failure("PushWeights", self.target, error)
+            finally:
+                exchange.close()
+                call.cancel()  # type: ignore[no-untyped-call]
+            time.sleep(min(resumption.pause_s(failed, exchange.started_at), deadline.left_s))
+
+    def rollback_weights(
+        self, to_version: int | None = None, *, timeout_s: float = 600.0
+    ) -> RollbackOutcome:
+        """Serves a kept version's tensors again under a new number; by default the newest that
+        differs from what is served."""
+        request = weights_pb2.RollbackWeightsRequest(to_version=to_version)
+        return wire_calls.rollback_from_proto(
+            self._call(self._weights.RollbackWeights, request, timeout_s)
         )
 
     def cache_state(self) -> CacheState:
@@ -283,12 +317,29 @@ class AsyncClient:
         )
 
     async def push_weights(
-        self, manifest: WeightManifest, path: Path, *, timeout_s: float = 600.0, wait: bool = False
+        self,
+        manifest: WeightManifest,
+        path: Path,
+        *,
+        shared_path: str = "",
+        timeout_s: float = 600.0,
+        wait: bool = False,
     ) -> PushOutcome:
-        """Pushes a version held in a safetensors file; returns when it serves."""
-        parts = wire_calls.push_parts(manifest, path)
-        return wire_calls.pushed_from_proto(
-            await self._call(self._weights.PushWeights, parts, timeout_s, wait)
+        """Pushes a version held in a safetensors file; returns when it serves. A stream that breaks
+        goes on where it stopped. `shared_path`: where the server finds the file in its shared
+        folder; nothing is sent then."""
+        with Client(self.target) as client:  # closed when this call is cancelled: so is the push
+            push = partial(client.push_weights, shared_path=shared_path, wait=wait)
+            return await asyncio.to_thread(push, manifest, path, timeout_s=timeout_s)
+
+    async def rollback_weights(
+        self, to_version: int | None = None, *, timeout_s: float = 600.0
+    ) -> RollbackOutcome:
+        """Serves a kept version's tensors again under a new number; by default the newest that
+        differs from what is served."""
+        request = weights_pb2.RollbackWeightsRequest(to_version=to_version)
+        return wire_calls.rollback_from_proto(
+            await self._call(self._weights.RollbackWeights, request, timeout_s)
         )
 
     async def cache_state(self) -> CacheState:

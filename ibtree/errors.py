@@ -36,5 +36,9 @@ class BusyError(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class BrokenPushError(RuntimeError):
+    """A part of a push was lost on its way; the same push may go on from there (UNAVAILABLE)."""
+
+
 class UnknownLeaseError(LookupError):
     """A lease is unknown or ran out (NOT_FOUND)."""

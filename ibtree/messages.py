@@ -90,6 +90,18 @@ class QueueStats:
 
 
 @dataclass(frozen=True)
+class KeptWeights:
+    """A version that can be gone back to (fields: KeptWeights in weights.proto)."""
+
+    version: int
+    digest: bytes
+    file_bytes: int
+    served_at_s: float
+    base_version: int | None = None
+    restored_version: int | None = None
+
+
+@dataclass(frozen=True)
 class ServedWeights:
     """The served weight version (fields: GetWeightsResponse in weights.proto)."""
 
@@ -98,6 +110,9 @@ class ServedWeights:
     state: str
     model_id: str
     dtype: str
+    age_s: float = 0.0
+    pause_s: float = 0.0
+    kept: tuple[KeptWeights, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,16 @@ class PushOutcome:
 
     version: int
     state: str
+    digest: bytes
+    pause_s: float
+
+
+@dataclass(frozen=True)
+class RollbackOutcome:
+    """What serves after a rollback (fields: RollbackWeightsResponse in weights.proto)."""
+
+    version: int
+    restored_version: int
     digest: bytes
     pause_s: float
 

@@ -27,10 +27,13 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
         json.dumps(
             {
                 "methodConfig": [
+                    # gRPC's own retries of a stream whose sender still waits for an answer hang,
+                    # beyond the deadline: weight_push.py tries again itself
+                    {"name": [{"service": "ibtree.v1.WeightsService", "method": "PushWeights"}]},
                     {
                         "name": [{"service": f"ibtree.v1.{s}"} for s in _SERVICES],
                         "retryPolicy": _RETRY,
-                    }
+                    },
                 ]
             }
         ),

@@ -1,7 +1,8 @@
 """Weight versions as manifests, and the identity of a model folder: hashing and headers only.
 
 A version travels as one safetensors file (8 bytes little-endian header length, JSON header, raw
-tensor bytes) described by a manifest that holds a SHA-256 of each tensor's bytes.
+tensor bytes), whole or a delta (weight_delta.py), described by a manifest that holds a SHA-256 of
+each tensor's bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import hashlib
 import json
 import math
 import mmap
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,11 @@ from typing import Any
 from ibtree.errors import FieldError
 
 CHUNK_BYTES = 2 * 1024 * 1024
+"""Most bytes of a chunk."""
+SENT_BYTES = 512 * 1024
+"""Bytes of the chunks that clients send: gRPC holds several messages at a time."""
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_HASHING_THREADS = 2
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 _IDENTITY_KEYS = (
     "architectures",
@@ -45,22 +52,47 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class MappedTensor:
+    """A tensor in a file: its spec without digest, and its bytes, mapped."""
+
+    spec: TensorSpec
+    data: memoryview
+
+
+@dataclass(frozen=True)
+class Canary:
+    """What the new weights give: ln softmax(logits) of the last len(logprobs) of the token ids
+    [nats], and the greatest difference that is taken for agreement [nats]."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    tolerance: float
+
+
+@dataclass(frozen=True)
 class WeightManifest:
-    """A weight version: what its file must hold, tensor by tensor."""
+    """A weight version: its tensors, and the file that gives them, on its base if it has one."""
 
     version: int
     model_id: str
     tensors: tuple[TensorSpec, ...]
     file_bytes: int
     base_version: int | None = None
+    base_digest: bytes = b""
+    canary: Canary | None = None
 
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 over the tensors in order of name: the identity of what is served. [32 bytes]"""
-        total = hashlib.sha256()
-        for t in sorted(self.tensors, key=lambda t: t.name):
-            total.update(json.dumps([t.name, t.dtype, list(t.shape), t.sha256.hex()]).encode())
-        return total.digest()
+        return digest_of(self.tensors)
+
+
+def digest_of(tensors: Iterable[TensorSpec]) -> bytes:
+    """WeightManifest.digest of these tensors."""
+    total = hashlib.sha256()
+    for t in sorted(tensors, key=lambda t: t.name):
+        total.update(json.dumps([t.name, t.dtype, list(t.shape), t.sha256.hex()]).encode())
+    return total.digest()
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
@@ -96,19 +128,43 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     return 8 + length, header
 
 
+def mapped(path: Path) -> dict[str, MappedTensor]:
+    """Every tensor of a safetensors file, in order of name. Raises FieldError if it is broken."""
+    start, header = read_header(path)
+    with path.open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    found = {}
+    for name, entry in sorted(header.items()):
+        low, high = entry["data_offsets"]
+        spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+        found[name] = MappedTensor(spec, data[start + low : start + high])
+    return found
+
+
 def describe(path: Path) -> tuple[TensorSpec, ...]:
     """Specs of every tensor of a safetensors file, digests computed from its bytes."""
-    start, header = read_header(path)
-    specs = []
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        view = memoryview(data)
-        for name, entry in sorted(header.items()):
-            low, high = entry["data_offsets"]
-            with view[start + low : start + high] as part:
-                digest = hashlib.sha256(part).digest()
-            specs.append(TensorSpec(name, entry["dtype"], tuple(entry["shape"]), digest))
-        view.release()
-    return tuple(specs)
+    tensors = mapped(path).values()
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        digests = pool.map(lambda t: hashlib.sha256(t.data).digest(), tensors)
+        return tuple(
+            replace(t.spec, sha256=digest) for t, digest in zip(tensors, digests, strict=True)
+        )
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], bytes | memoryview]]
+) -> None:
+    """Writes a safetensors file of {name: (dtype, shape, bytes)}."""
+    header, offset = dict[str, Any](), 0
+    for name, (dtype, shape, data) in tensors.items():
+        span = [offset, offset + len(data)]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.writelines(data for _, _, data in tensors.values())
 
 
 def make_manifest(path: Path, version: int, model_id: str) -> WeightManifest:

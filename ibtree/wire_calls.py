@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,9 +14,11 @@ from ibtree.messages import (
     Chat,
     ChatMessage,
     Expansion,
+    KeptWeights,
     Prompt,
     PushOutcome,
     QueueStats,
+    RollbackOutcome,
     ServedWeights,
     Submission,
     TreeLease,
@@ -23,7 +26,7 @@ from ibtree.messages import (
 from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
 from ibtree.v1 import cache_pb2, queue_pb2, reward_pb2, sampling_pb2, tree_pb2, weights_pb2
-from ibtree.weights import CHUNK_BYTES, TensorSpec, WeightManifest
+from ibtree.weights import SENT_BYTES, Canary, TensorSpec, WeightManifest
 from ibtree.wire import options_from_proto, options_to_proto, tree_from_proto
 
 _STATE = "WEIGHT_STATE_"
@@ -144,11 +147,14 @@ def audit_from_proto(message: cache_pb2.AuditCacheResponse) -> CacheAudit:
 
 
 def manifest_to_proto(manifest: WeightManifest) -> weights_pb2.WeightManifest:
+    canary = manifest.canary
     return weights_pb2.WeightManifest(
         version=manifest.version,
         model_id=manifest.model_id,
         file_bytes=manifest.file_bytes,
         base_version=manifest.base_version,
+        base_digest=manifest.base_digest,
+        canary=weights_pb2.Canary(**asdict(canary)) if canary else None,
         tensors=[
             weights_pb2.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape, sha256=t.sha256)
             for t in manifest.tensors
@@ -157,17 +163,31 @@ def manifest_to_proto(manifest: WeightManifest) -> weights_pb2.WeightManifest:
 
 
 def manifest_from_proto(m: weights_pb2.WeightManifest) -> WeightManifest:
-    tensors = tuple(TensorSpec(t.name, t.dtype, tuple(t.shape), t.sha256) for t in m.tensors)
-    base = m.base_version if m.HasField("base_version") else None
-    return WeightManifest(m.version, m.model_id, tensors, m.file_bytes, base)
+    canary = Canary(tuple(m.canary.token_ids), tuple(m.canary.logprobs), m.canary.tolerance)
+    return WeightManifest(
+        version=m.version,
+        model_id=m.model_id,
+        tensors=tuple(TensorSpec(t.name, t.dtype, tuple(t.shape), t.sha256) for t in m.tensors),
+        file_bytes=m.file_bytes,
+        base_version=m.base_version if m.HasField("base_version") else None,
+        base_digest=m.base_digest,
+        canary=canary if m.HasField("canary") else None,
+    )
 
 
-def push_parts(manifest: WeightManifest, path: Path) -> Iterator[weights_pb2.PushWeightsRequest]:
-    """The manifest, then the file in chunks of at most 2 MiB."""
-    yield weights_pb2.PushWeightsRequest(manifest=manifest_to_proto(manifest))
+def push_first(manifest: WeightManifest, shared_path: str = "") -> weights_pb2.PushWeightsRequest:
+    message = manifest_to_proto(manifest)
+    return weights_pb2.PushWeightsRequest(manifest=message, shared_path=shared_path)
+
+
+def push_chunks(path: Path, start: int) -> Iterator[weights_pb2.PushWeightsRequest]:
+    """The file from this byte on, in chunks."""
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
+        file.seek(start)
+        while data := file.read(SENT_BYTES):
+            chunk = weights_pb2.WeightChunk(offset=start, data=data, crc32=zlib.crc32(data))
             yield weights_pb2.PushWeightsRequest(chunk=chunk)
+            start += len(data)
 
 
 def state_to_proto(state: str) -> weights_pb2.WeightState.ValueType:
@@ -178,9 +198,51 @@ def _state(number: weights_pb2.WeightState.ValueType) -> str:
     return weights_pb2.WeightState.Name(number).removeprefix(_STATE).lower()
 
 
+def kept_to_proto(kept: KeptWeights) -> weights_pb2.KeptWeights:
+    return weights_pb2.KeptWeights(**{f.name: getattr(kept, f.name) for f in fields(KeptWeights)})
+
+
+def _kept(m: weights_pb2.KeptWeights) -> KeptWeights:
+    return KeptWeights(
+        version=m.version,
+        digest=m.digest,
+        file_bytes=m.file_bytes,
+        served_at_s=m.served_at_s,
+        base_version=m.base_version if m.HasField("base_version") else None,
+        restored_version=m.restored_version if m.HasField("restored_version") else None,
+    )
+
+
 def served_from_proto(m: weights_pb2.GetWeightsResponse) -> ServedWeights:
-    return ServedWeights(m.version, m.digest, _state(m.state), m.model_id, m.dtype)
+    return ServedWeights(
+        version=m.version,
+        digest=m.digest,
+        state=_state(m.state),
+        model_id=m.model_id,
+        dtype=m.dtype,
+        age_s=m.age_s,
+        pause_s=m.pause_s,
+        kept=tuple(_kept(one) for one in m.kept),
+    )
 
 
-def pushed_from_proto(m: weights_pb2.PushWeightsResponse) -> PushOutcome:
-    return PushOutcome(m.version, _state(m.state), m.digest, m.pause_s)
+def pushed_to_proto(outcome: PushOutcome) -> weights_pb2.PushWeightsResponse:
+    pushed = weights_pb2.PushedWeights(
+        version=outcome.version,
+        state=state_to_proto(outcome.state),
+        digest=outcome.digest,
+        pause_s=outcome.pause_s,
+    )
+    return weights_pb2.PushWeightsResponse(pushed=pushed)
+
+
+def push_answer(m: weights_pb2.PushWeightsResponse) -> int | PushOutcome:
+    """The byte from which on the server wants the file, or what became of the push."""
+    if not m.HasField("pushed"):
+        return m.send_from
+    pushed = m.pushed
+    return PushOutcome(pushed.version, _state(pushed.state), pushed.digest, pushed.pause_s)
+
+
+def rollback_from_proto(m: weights_pb2.RollbackWeightsResponse) -> RollbackOutcome:
+    return RollbackOutcome(m.version, m.restored_version, m.digest, m.pause_s)

@@ -57,6 +57,11 @@ class LearnerConfig(Settings):
     """Grader by name; empty takes the server's default."""
     lease_s: float = Field(default=300.0, gt=5, le=86400)
     """How long a lease lasts; prolonged while trees are in hand."""
+    shared_dir: Path | None = None
+    """Folder that the server has as its --shared-dir: weights are left there. null: sent."""
+    canary_tolerance: float = Field(default=1.0, ge=0)
+    """With each version go the log-probabilities of a few tokens; a server that computes others, by
+    more than this [nats], takes the version back. 0 sends none."""
     patience_s: float = Field(default=1800.0, gt=0)
     """Longest wait for a step's trees, or for a server that is away."""
     max_staleness: int | None = Field(default=None, ge=0)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from ibtree.evaluate import evaluate
 from ibtree.messages import Prompt, TreeLease
 from ibtree.options import options_from
+from ibtree.weights import Canary
+from learner.canary import canary_of
 from learner.config import LearnerConfig
 from learner.errors import NotFiniteError
 from learner.ranks import Ranks
@@ -31,6 +33,7 @@ def train(config: LearnerConfig, ranks: Ranks) -> None:
         while not (_done(run) or run.stop):
             _step(run)
             _evaluate(run)
+        run.publisher.wait()
         if run.checkpoints.newest() < run.state.step:  # told to stop between two
             _save(run)
         run.exports.write("last", run.state)
@@ -38,6 +41,9 @@ def train(config: LearnerConfig, ranks: Ranks) -> None:
 
 def _step(run: Run) -> None:
     config, intake, state, report = run.config, run.intake, run.state, run.report
+    if config.max_staleness == 0 or not config.prompts_ahead_steps:
+        with report.phase("publish"):  # only trees of the newest version are wanted
+            run.publisher.wait()
     with report.phase("sample"):
         intake.submit_ahead()
         leases = intake.lease_step()
@@ -61,15 +67,22 @@ def _step(run: Run) -> None:
     state.figures |= {"tokens": float(state.tokens), "bad_steps": float(state.bad_steps)}
     with report.phase("publish"):
         state.version += 1
-        run.publisher.stage(run.trainer.policy, state)
+        run.publisher.stage(run.trainer.policy, state, _canary(run, fresh))
     with report.phase("checkpoint"):
         if _done(run) or state.step % config.checkpoint_every_steps == 0:
             _save(run)
-    with report.phase("publish"):
-        pause_s = run.publisher.push()
-    seconds = {"pause_s": pause_s, "seconds_compute": figures.seconds_compute}
+    run.publisher.push_later()  # the next step does not wait for it
+    seconds = {"pause_s": run.publisher.pause_s, "seconds_compute": figures.seconds_compute}
     report.step(state.step, state.figures | seconds)
     _warn(run, figures)
+
+
+def _canary(run: Run, fresh: list[TreeLease]) -> Canary | None:
+    """What the policy gives tokens of the step's first tree."""
+    tolerance = run.config.canary_tolerance
+    if not tolerance or not fresh or run.ranks.mesh is not None:  # shards are of no use here
+        return None
+    return canary_of(run.trainer.policy, fresh[0].tree, tolerance)
 
 
 def _save(run: Run) -> None:
@@ -120,6 +133,7 @@ def _evaluate(run: Run) -> None:
     due = not state.step or _done(run) or (every and state.step % every == 0)
     if not run.held_out or not due or report.evaluated(state.step):
         return
+    run.publisher.wait()
     prompts = [Prompt(q.prompt, "", q.answer, config.grader) for q in run.held_out]
     with report.phase("evaluate"):
         accuracy = evaluate(config.server, prompts, options_from(config))

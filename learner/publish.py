@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import torch
 from safetensors.torch import save_file
 
-from ibtree.client import Client
+from ibtree.client import Client, RpcFailed
 from ibtree.errors import PreconditionError
-from ibtree.weights import checkpoint_specs, make_manifest, model_identity
+from ibtree.messages import PushOutcome
+from ibtree.weight_delta import write_delta
+from ibtree.weight_push import SharedFolderTransport, StreamTransport, Transport
+from ibtree.weights import (
+    Canary,
+    WeightManifest,
+    checkpoint_specs,
+    make_manifest,
+    model_identity,
+)
 from learner.checkpoint import TrainState
 from learner.errors import writing
 from learner.ranks import ALONE, Ranks
 from learner.shards import weights_of
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -30,8 +43,10 @@ class Publisher:
         out_dir: Path,
         patience_s: float,
         ranks: Ranks = ALONE,
+        shared_dir: Path | None = None,
     ) -> None:
-        """Waits for the server. Raises PreconditionError if it runs another model."""
+        """Waits for the server. `shared_dir`: leave files there instead of sending them. Raises
+        PreconditionError if it runs another model."""
         self._client, self._patience_s, self._ranks = client, patience_s, ranks
         self.staged = out_dir / "publish.safetensors"
         """File of the staged version's weights, of dtype `dtype`."""
@@ -46,25 +61,85 @@ class Publisher:
                 f"{client.target} runs {served.model_id[:12]}…; give both the same model folder"
             )
         self.dtype = _DTYPES[served.dtype]
+        self._transport: Transport = StreamTransport(client)
+        if shared_dir is not None:
+            self._transport = SharedFolderTransport(client, shared_dir)
+        self._base, self._delta = out_dir / "published.safetensors", out_dir / "publish.delta"
+        self._served: WeightManifest | None = None
+        """What the staged file's version serves as; from the next `stage` on, the base's."""
+        self._worker = ThreadPoolExecutor(1, "publish")
+        self._pushing: Future[float] | None = None
+        self.pause_s = 0.0
+        """The server's pause at the last push that is over [seconds]."""
 
-    def stage(self, model: Any, state: TrainState) -> None:
-        """Writes the weights as version `state.version` and notes its digest in the state."""
+    def stage(self, model: Any, state: TrainState, canary: Canary | None = None) -> None:
+        """Writes the weights as version `state.version` and notes its digest in the state; waits
+        for the push in the background first. Raises what that raised."""
+        self.wait()
         weights = weights_of(model, self._ranks)
         with writing("the weights to publish", self.staged.parent):
+            if self._served:
+                self.staged.replace(self._base)
             save_file(
                 {name: weights[name].to(self.dtype) for name in self._names},
                 self.staged,
                 metadata={"format": "pt"},  # transformers loads no others
             )
         self._manifest = make_manifest(self.staged, state.version, self.model_id)
+        self._manifest = replace(self._manifest, canary=canary)
         state.version_digest = self._manifest.digest.hex()
 
     def push(self) -> float:
         """Pushes the staged version; returns the server's pause [seconds]."""
-        outcome = self._client.push_weights(
-            self._manifest, self.staged, timeout_s=self._patience_s, wait=True
-        )
+        self.push_later()
+        return self.wait()
+
+    def push_later(self) -> None:
+        """Pushes the staged version in the background."""
+        self._pushing = self._worker.submit(self._push)
+
+    def wait(self) -> float:
+        """Returns when no push is under way: the server's pause at the last one [seconds]. Raises
+        what it raised."""
+        if self._pushing:
+            pushing, self._pushing = self._pushing, None
+            self.pause_s = pushing.result()
+        return self.pause_s
+
+    def settle(self) -> None:
+        """Returns when no push is under way, whatever became of the last one."""
+        try:
+            self.wait()
+        except Exception as error:
+            _log.warning("the last version was not published: %s", error)
+
+    def _push(self) -> float:
+        """As a delta on the version pushed before it, if that is smaller and the server has it."""
+        manifest, before, self._served = self._manifest, self._served, None
+        outcome = self._push_delta(manifest, before) if before else None
+        if outcome is None:
+            outcome = self._transport.push(
+                manifest, self.staged, timeout_s=self._patience_s, wait=True
+            )
+        self._served = manifest
         return outcome.pause_s
+
+    def _push_delta(self, manifest: WeightManifest, base: WeightManifest) -> PushOutcome | None:
+        """None if the whole version has to be pushed."""
+        with writing("the weights to publish", self.staged.parent):
+            size = write_delta(self._base, self.staged, self._delta)
+        if size >= manifest.file_bytes:
+            return None
+        delta = replace(
+            manifest, file_bytes=size, base_version=base.version, base_digest=base.digest
+        )
+        try:
+            return self._transport.push(delta, self._delta, timeout_s=self._patience_s, wait=True)
+        except RpcFailed as failed:
+            if failed.code is grpc.StatusCode.FAILED_PRECONDITION and "base_version" in str(failed):
+                _log.info("pushing version %s whole: %s", manifest.version, failed.details)
+                return None
+            raise
 
     def align(self, model: Any, state: TrainState) -> None:
         """After a start or a resume: stages this policy and makes the server serve it.
@@ -78,6 +153,7 @@ class Publisher:
             return  # both are the model folder itself
         if served.digest.hex() == state.version_digest:
             state.version = served.version
+            self._served = replace(self._manifest, version=served.version)
             return
         state.version = max(served.version + 1, state.version)
         self._manifest = replace(self._manifest, version=state.version)

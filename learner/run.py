@@ -45,6 +45,7 @@ class Run:
     exports: Exports
     report: Reporter
     stop: list[int]
+    ranks: Ranks
 
 
 @contextmanager
@@ -58,7 +59,9 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
     questions = questions_of(config.prompts, config)
     held_out = questions_of(config.eval_prompts, config) if config.eval_prompts else []
     with Client(config.server) as client:
-        publisher = Publisher(client, config.model, config.out_dir, config.patience_s, ranks)
+        publisher = Publisher(
+            client, config.model, config.out_dir, config.patience_s, ranks, config.shared_dir
+        )
         trainer = new_trainer(config, ranks)
         policy = trainer.policy
         checkpoints = Checkpoints(config.out_dir / "checkpoints", config.keep_checkpoints, ranks)
@@ -82,8 +85,10 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
                     exports=exports,
                     report=report,
                     stop=stop,
+                    ranks=ranks,
                 )
             finally:
+                publisher.settle()
                 intake.give_back("the learner stops")
 
 

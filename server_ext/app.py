@@ -49,6 +49,7 @@ from server_ext.rewards.regex import RegexGrader
 from server_ext.rewards.remote import RemoteGrader
 from server_ext.rewards.self_consistency import SelfConsistencyGrader
 from server_ext.services.cache import CacheService
+from server_ext.services.channel import SERVER_OPTIONS
 from server_ext.services.health import Health, serve_health
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
@@ -60,12 +61,6 @@ from server_ext.weights.updater import WeightUpdater
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_GRPC_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -78,7 +73,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         defaults = options_from(config)
         check_job_names(defaults, graders, config.grader)
 
-        server = grpc.aio.server(options=_GRPC_OPTIONS)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         port = _bind("port", config, partial(_add_port, server))
         health = Health()
         health_server, health_port = _bind("health_port", config, partial(serve_health, health))
@@ -97,7 +92,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             del server  # the traceback would keep it until gRPC itself is gone, and crash the exit
             raise
         stack.callback(engine.shutdown)
-        store = WeightStore(config.data_dir / "weights", model_id)
+        store = WeightStore(config.data_dir / "weights", model_id, config.keep_weights)
         specs = checkpoint_specs(config.model)
         updater = WeightUpdater(engine, store, config.model, specs, model_id)
         await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
@@ -204,6 +199,7 @@ def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngi
         config.drain_timeout_s,
         sglang_arguments,
         config.radix_cache,
+        config.weight_switch,
     )
 
 
@@ -229,7 +225,8 @@ def _add_services(
     queue = QueueService(journal, producer, config.lease_s, lambda: sampling.interactive)
     sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, server)
     queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, server)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsService(updater), server)
+    weights = WeightsService(updater, config.shared_dir)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
     return producer
 
 

@@ -89,8 +89,15 @@ class ServerConfig(Settings):
     """Nacks and lost leases after which a tree is dead."""
     max_failures: int = Field(default=3, ge=1)
     """Failed growths after which a prompt is dead."""
+    weight_switch: Literal["interrupt", "drain"] = "interrupt"
+    """What a weight update does to running rollouts: interrupt lets them go on with the new weights
+    (each token keeps its version); drain waits until they end."""
     drain_timeout_s: float = Field(default=120.0, gt=0)
-    """Longest wait for running rollouts before a weight update is given up."""
+    """Longest such wait before a weight update is given up."""
+    keep_weights: int = Field(default=4, ge=1)
+    """Weight versions kept for rollbacks, the served one included."""
+    shared_dir: Path | None = None
+    """Folder in which learners may leave weight files instead of sending them. null: none."""
     shutdown_grace_s: float = Field(default=20.0, ge=0)
     """How long calls in flight may go on after SIGTERM."""
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ibtree.cli import evaluation, sample, state
+from ibtree.cli import evaluation, sample, state, weights
 from ibtree.cli.output import printable
 from ibtree.client import DEFAULT_TARGET, RpcFailed
 from ibtree.errors import FieldError
@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     when it is interrupted."""
     parser = _Parser(prog="ibtpo", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, text, run, add_options in (*sample.COMMANDS, *state.COMMANDS, *evaluation.COMMANDS):
+    groups = (sample, state, weights, evaluation)
+    for name, text, run, add_options in (one for group in groups for one in group.COMMANDS):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--server", default=DEFAULT_TARGET, help="address of its gRPC port")
         command.add_argument("--json", action="store_true", help="print one JSON object")

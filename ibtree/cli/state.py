@@ -1,4 +1,4 @@
-"""`ibtpo queue | weights | cache | audit-cache`: what the server holds."""
+"""`ibtpo queue | cache | audit-cache`: what the server holds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,6 @@ from ibtree.client import Client
 def _queue(arguments: argparse.Namespace) -> None:
     with Client(arguments.server) as client:
         print_figures(asdict(client.queue_stats()), arguments.json)
-
-
-def _weights(arguments: argparse.Namespace) -> None:
-    with Client(arguments.server) as client:
-        served = client.get_weights()
-    print_figures(asdict(served) | {"digest": served.digest.hex()}, arguments.json)
 
 
 def _cache(arguments: argparse.Namespace) -> None:
@@ -40,7 +34,6 @@ def _audit_options(command: argparse.ArgumentParser) -> None:
 
 COMMANDS: tuple[Command, ...] = (
     ("queue", "trees by state: queued, growing, graded, leased, acked, dead", _queue, _no_options),
-    ("weights", "the weight version that is served", _weights, _no_options),
     ("cache", "how full the radix cache is, and of what", _cache, _no_options),
     (
         "audit-cache",

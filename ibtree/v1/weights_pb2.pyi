@@ -75,7 +75,7 @@ class TensorSpec(_message.Message):
     dtype: _builtins.str
     """safetensors dtype: "F32", "BF16", "F16"."""
     sha256: _builtins.bytes
-    """SHA-256 of the tensor's bytes, little endian, row major. [32 bytes]"""
+    """SHA-256 of the tensor's bytes in this version, little endian, row major. [32 bytes]"""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Size of each dimension. Empty: a scalar."""
@@ -97,6 +97,40 @@ class TensorSpec(_message.Message):
 Global___TensorSpec: _TypeAlias = TensorSpec  # noqa: Y015
 
 @_typing.final
+class Canary(_message.Message):
+    """What the learner computes with the new weights, for the server to compare."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    tolerance: _builtins.float
+    """Greatest difference that is taken for agreement. [nats]"""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """A prompt and what follows it."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """ln softmax(logits) of the last tokens of token_ids, at temperature 1. [nats]"""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        tolerance: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "token_ids", b"token_ids", "tolerance", b"tolerance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Canary: _TypeAlias = Canary  # noqa: Y015
+
+@_typing.final
 class WeightManifest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -105,17 +139,25 @@ class WeightManifest(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     FILE_BYTES_FIELD_NUMBER: _builtins.int
     BASE_VERSION_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Greater than the served version."""
     model_id: _builtins.str
     """Identity of the model (GetWeights.model_id)."""
     file_bytes: _builtins.int
-    """Size of the safetensors file that the chunks make up. [bytes]"""
+    """Size of the file. [bytes]"""
     base_version: _builtins.int
-    """Version that a delta builds on. Absent: the file is whole."""
+    """Version that the file builds on: a delta (ibtree/weight_delta.py). Absent: the file is whole."""
+    base_digest: _builtins.bytes
+    """Digest of that version (GetWeightsResponse.digest). Empty: the file is whole."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
-        """Every tensor of the model."""
+        """Every tensor of the model, whether the file holds it or not."""
+
+    @_builtins.property
+    def canary(self) -> Global___Canary:
+        """Absent: nothing is compared."""
 
     def __init__(
         self,
@@ -125,16 +167,53 @@ class WeightManifest(_message.Message):
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
         file_bytes: _builtins.int = ...,
         base_version: _builtins.int | None = ...,
+        base_digest: _builtins.bytes = ...,
+        canary: Global___Canary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_canary", b"_canary", "base_version", b"base_version", "canary", b"canary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "base_version", b"base_version", "file_bytes", b"file_bytes", "model_id", b"model_id", "tensors", b"tensors", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_canary", b"_canary", "base_digest", b"base_digest", "base_version", b"base_version", "canary", b"canary", "file_bytes", b"file_bytes", "model_id", b"model_id", "tensors", b"tensors", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_version: _TypeAlias = _typing.Literal["base_version"]  # noqa: Y015
     _WhichOneofArgType__base_version: _TypeAlias = _typing.Literal["_base_version", b"_base_version"]  # noqa: Y015
+    _WhichOneofReturnType__canary: _TypeAlias = _typing.Literal["canary"]  # noqa: Y015
+    _WhichOneofArgType__canary: _TypeAlias = _typing.Literal["_canary", b"_canary"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__base_version) -> _WhichOneofReturnType__base_version | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__canary) -> _WhichOneofReturnType__canary | None: ...
 
 Global___WeightManifest: _TypeAlias = WeightManifest  # noqa: Y015
+
+@_typing.final
+class WeightChunk(_message.Message):
+    """A part of the file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Where it begins in the file. [bytes]"""
+    data: _builtins.bytes
+    """At most 2 MiB."""
+    crc32: _builtins.int
+    """CRC-32 of the data, as in zip files."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        crc32: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "data", b"data", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightChunk: _TypeAlias = WeightChunk  # noqa: Y015
 
 @_typing.final
 class PushWeightsRequest(_message.Message):
@@ -142,21 +221,27 @@ class PushWeightsRequest(_message.Message):
 
     MANIFEST_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
-    chunk: _builtins.bytes
-    """The next bytes of the file, at most 2 MiB."""
+    SHARED_PATH_FIELD_NUMBER: _builtins.int
+    shared_path: _builtins.str
+    """With the manifest: the file's path in the server's shared folder. Empty: chunks follow."""
     @_builtins.property
     def manifest(self) -> Global___WeightManifest:
         """The first message, and only the first."""
+
+    @_builtins.property
+    def chunk(self) -> Global___WeightChunk:
+        """The next bytes of the file."""
 
     def __init__(
         self,
         *,
         manifest: Global___WeightManifest | None = ...,
-        chunk: _builtins.bytes = ...,
+        chunk: Global___WeightChunk | None = ...,
+        shared_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "manifest", b"manifest", "part", b"part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "manifest", b"manifest", "part", b"part"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "manifest", b"manifest", "part", b"part", "shared_path", b"shared_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["manifest", "chunk"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
@@ -165,7 +250,9 @@ class PushWeightsRequest(_message.Message):
 Global___PushWeightsRequest: _TypeAlias = PushWeightsRequest  # noqa: Y015
 
 @_typing.final
-class PushWeightsResponse(_message.Message):
+class PushedWeights(_message.Message):
+    """What became of a push."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -194,6 +281,34 @@ class PushWeightsResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+Global___PushedWeights: _TypeAlias = PushedWeights  # noqa: Y015
+
+@_typing.final
+class PushWeightsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEND_FROM_FIELD_NUMBER: _builtins.int
+    PUSHED_FIELD_NUMBER: _builtins.int
+    send_from: _builtins.int
+    """First byte that is to be sent; those before it are here and verified."""
+    @_builtins.property
+    def pushed(self) -> Global___PushedWeights:
+        """The last message: the version serves."""
+
+    def __init__(
+        self,
+        *,
+        send_from: _builtins.int = ...,
+        pushed: Global___PushedWeights | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "pushed", b"pushed", "send_from", b"send_from"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "pushed", b"pushed", "send_from", b"send_from"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["send_from", "pushed"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
 Global___PushWeightsResponse: _TypeAlias = PushWeightsResponse  # noqa: Y015
 
 @_typing.final
@@ -212,6 +327,55 @@ class GetWeightsRequest(_message.Message):
 Global___GetWeightsRequest: _TypeAlias = GetWeightsRequest  # noqa: Y015
 
 @_typing.final
+class KeptWeights(_message.Message):
+    """A version that the server can go back to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    FILE_BYTES_FIELD_NUMBER: _builtins.int
+    BASE_VERSION_FIELD_NUMBER: _builtins.int
+    SERVED_AT_S_FIELD_NUMBER: _builtins.int
+    RESTORED_VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number."""
+    digest: _builtins.bytes
+    """Its digest (as in GetWeightsResponse.digest)."""
+    file_bytes: _builtins.int
+    """Size of its file on the server's disk. [bytes]"""
+    base_version: _builtins.int
+    """Version that this file builds on. Absent: it is whole."""
+    served_at_s: _builtins.float
+    """When it began to serve. [Unix seconds]"""
+    restored_version: _builtins.int
+    """Kept version whose tensors these are, by a rollback. Absent: it was pushed."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+        file_bytes: _builtins.int = ...,
+        base_version: _builtins.int | None = ...,
+        served_at_s: _builtins.float = ...,
+        restored_version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_restored_version", b"_restored_version", "base_version", b"base_version", "restored_version", b"restored_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_restored_version", b"_restored_version", "base_version", b"base_version", "digest", b"digest", "file_bytes", b"file_bytes", "restored_version", b"restored_version", "served_at_s", b"served_at_s", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__base_version: _TypeAlias = _typing.Literal["base_version"]  # noqa: Y015
+    _WhichOneofArgType__base_version: _TypeAlias = _typing.Literal["_base_version", b"_base_version"]  # noqa: Y015
+    _WhichOneofReturnType__restored_version: _TypeAlias = _typing.Literal["restored_version"]  # noqa: Y015
+    _WhichOneofArgType__restored_version: _TypeAlias = _typing.Literal["_restored_version", b"_restored_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__base_version) -> _WhichOneofReturnType__base_version | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__restored_version) -> _WhichOneofReturnType__restored_version | None: ...
+
+Global___KeptWeights: _TypeAlias = KeptWeights  # noqa: Y015
+
+@_typing.final
 class GetWeightsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -220,6 +384,9 @@ class GetWeightsResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    PAUSE_S_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version that rollouts start with now; 0: the weights the server was started from."""
     digest: _builtins.bytes
@@ -232,6 +399,14 @@ class GetWeightsResponse(_message.Message):
     """Identity of the model: a digest of its tensors' names and shapes and of its tokenizer."""
     dtype: _builtins.str
     """safetensors dtype the server takes."""
+    age_s: _builtins.float
+    """How long it has served. [seconds] 0 for version 0."""
+    pause_s: _builtins.float
+    """How long no rollout could run at the last update. [seconds] 0: none since the server started."""
+    @_builtins.property
+    def kept(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeptWeights]:
+        """Versions that can be rolled back to, oldest first; the last is the served one."""
+
     def __init__(
         self,
         *,
@@ -240,11 +415,68 @@ class GetWeightsResponse(_message.Message):
         state: Global___WeightState.ValueType = ...,
         model_id: _builtins.str = ...,
         dtype: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        pause_s: _builtins.float = ...,
+        kept: _abc.Iterable[Global___KeptWeights] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "dtype", b"dtype", "model_id", b"model_id", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "digest", b"digest", "dtype", b"dtype", "kept", b"kept", "model_id", b"model_id", "pause_s", b"pause_s", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetWeightsResponse: _TypeAlias = GetWeightsResponse  # noqa: Y015
+
+@_typing.final
+class RollbackWeightsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TO_VERSION_FIELD_NUMBER: _builtins.int
+    to_version: _builtins.int
+    """A kept version. Absent: the newest kept one with another digest than the served version's."""
+    def __init__(
+        self,
+        *,
+        to_version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_to_version", b"_to_version", "to_version", b"to_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_to_version", b"_to_version", "to_version", b"to_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__to_version: _TypeAlias = _typing.Literal["to_version"]  # noqa: Y015
+    _WhichOneofArgType__to_version: _TypeAlias = _typing.Literal["_to_version", b"_to_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__to_version) -> _WhichOneofReturnType__to_version | None: ...
+
+Global___RollbackWeightsRequest: _TypeAlias = RollbackWeightsRequest  # noqa: Y015
+
+@_typing.final
+class RollbackWeightsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    RESTORED_VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PAUSE_S_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The number under which it serves now."""
+    restored_version: _builtins.int
+    """The kept version whose tensors these are."""
+    digest: _builtins.bytes
+    """Its digest."""
+    pause_s: _builtins.float
+    """How long no rollout could run. [seconds]"""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        restored_version: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+        pause_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "pause_s", b"pause_s", "restored_version", b"restored_version", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackWeightsResponse: _TypeAlias = RollbackWeightsResponse  # noqa: Y015

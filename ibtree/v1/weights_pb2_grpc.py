@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class WeightsServiceStub:
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
-    serving; or rejected at any point with the old version still serving.
+    serving; or rejected at any point with the old version still serving. Versions only grow.
     """
 
     def __init__(self, channel):
@@ -36,7 +36,7 @@ class WeightsServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.PushWeights = channel.stream_unary(
+        self.PushWeights = channel.stream_stream(
                 '/ibtree.v1.WeightsService/PushWeights',
                 request_serializer=ibtree_dot_v1_dot_weights__pb2.PushWeightsRequest.SerializeToString,
                 response_deserializer=ibtree_dot_v1_dot_weights__pb2.PushWeightsResponse.FromString,
@@ -46,25 +46,42 @@ class WeightsServiceStub:
                 request_serializer=ibtree_dot_v1_dot_weights__pb2.GetWeightsRequest.SerializeToString,
                 response_deserializer=ibtree_dot_v1_dot_weights__pb2.GetWeightsResponse.FromString,
                 _registered_method=True)
+        self.RollbackWeights = channel.unary_unary(
+                '/ibtree.v1.WeightsService/RollbackWeights',
+                request_serializer=ibtree_dot_v1_dot_weights__pb2.RollbackWeightsRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_weights__pb2.RollbackWeightsResponse.FromString,
+                _registered_method=True)
 
 
 class WeightsServiceServicer:
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
-    serving; or rejected at any point with the old version still serving.
+    serving; or rejected at any point with the old version still serving. Versions only grow.
     """
 
     def PushWeights(self, request_iterator, context):
-        """Pushes one version as a safetensors file: the manifest first, then its chunks in order.
-        Returns when the version serves. The served version and digest again: a no-op.
-        FAILED_PRECONDITION: another model, a version that is not newer, a tensor that the model
-        lacks or that has another shape or dtype. INVALID_ARGUMENT: a digest that does not match.
+        """Pushes one version as a safetensors file. The caller sends the manifest. Unless the file lies
+        in the shared folder, the server answers from which byte on it wants it (0, or more after a
+        stream that broke off) and the caller sends the chunks from there, in order. The server's
+        last answer comes when the version serves. The served version and digest again: a no-op.
+        FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
+        version, a tensor that the model lacks or that has another shape or dtype, a canary that does
+        not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
+        broke, or the engine did not take the version; push it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetWeights(self, request, context):
-        """What is served, and how the last push fared.
+        """What is served and what is kept, and how the last push fared.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackWeights(self, request, context):
+        """Serves the tensors of a kept version again, under a new version number: the served one + 1.
+        FAILED_PRECONDITION: it is not kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,7 +90,7 @@ class WeightsServiceServicer:
 
 def add_WeightsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'PushWeights': grpc.stream_unary_rpc_method_handler(
+            'PushWeights': grpc.stream_stream_rpc_method_handler(
                     servicer.PushWeights,
                     request_deserializer=ibtree_dot_v1_dot_weights__pb2.PushWeightsRequest.FromString,
                     response_serializer=ibtree_dot_v1_dot_weights__pb2.PushWeightsResponse.SerializeToString,
@@ -82,6 +99,11 @@ def add_WeightsServiceServicer_to_server(servicer, server):
                     servicer.GetWeights,
                     request_deserializer=ibtree_dot_v1_dot_weights__pb2.GetWeightsRequest.FromString,
                     response_serializer=ibtree_dot_v1_dot_weights__pb2.GetWeightsResponse.SerializeToString,
+            ),
+            'RollbackWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackWeights,
+                    request_deserializer=ibtree_dot_v1_dot_weights__pb2.RollbackWeightsRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_weights__pb2.RollbackWeightsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -93,7 +115,7 @@ def add_WeightsServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class WeightsService:
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
-    serving; or rejected at any point with the old version still serving.
+    serving; or rejected at any point with the old version still serving. Versions only grow.
     """
 
     @staticmethod
@@ -107,7 +129,7 @@ class WeightsService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_unary(
+        return grpc.experimental.stream_stream(
             request_iterator,
             target,
             '/ibtree.v1.WeightsService/PushWeights',
@@ -140,6 +162,33 @@ class WeightsService:
             '/ibtree.v1.WeightsService/GetWeights',
             ibtree_dot_v1_dot_weights__pb2.GetWeightsRequest.SerializeToString,
             ibtree_dot_v1_dot_weights__pb2.GetWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.WeightsService/RollbackWeights',
+            ibtree_dot_v1_dot_weights__pb2.RollbackWeightsRequest.SerializeToString,
+            ibtree_dot_v1_dot_weights__pb2.RollbackWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

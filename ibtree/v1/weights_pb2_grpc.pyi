@@ -28,41 +28,57 @@ GRPC_VERSION: str
 
 class WeightsServiceStub:
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
-    serving; or rejected at any point with the old version still serving.
+    serving; or rejected at any point with the old version still serving. Versions only grow.
     """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WeightsServiceAsyncStub: ...
-    PushWeights: _grpc.StreamUnaryMultiCallable[_weights_pb2.PushWeightsRequest, _weights_pb2.PushWeightsResponse]
-    """Pushes one version as a safetensors file: the manifest first, then its chunks in order.
-    Returns when the version serves. The served version and digest again: a no-op.
-    FAILED_PRECONDITION: another model, a version that is not newer, a tensor that the model
-    lacks or that has another shape or dtype. INVALID_ARGUMENT: a digest that does not match.
+    PushWeights: _grpc.StreamStreamMultiCallable[_weights_pb2.PushWeightsRequest, _weights_pb2.PushWeightsResponse]
+    """Pushes one version as a safetensors file. The caller sends the manifest. Unless the file lies
+    in the shared folder, the server answers from which byte on it wants it (0, or more after a
+    stream that broke off) and the caller sends the chunks from there, in order. The server's
+    last answer comes when the version serves. The served version and digest again: a no-op.
+    FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
+    version, a tensor that the model lacks or that has another shape or dtype, a canary that does
+    not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
+    broke, or the engine did not take the version; push it again.
     """
     GetWeights: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]
-    """What is served, and how the last push fared."""
+    """What is served and what is kept, and how the last push fared."""
+    RollbackWeights: _grpc.UnaryUnaryMultiCallable[_weights_pb2.RollbackWeightsRequest, _weights_pb2.RollbackWeightsResponse]
+    """Serves the tensors of a kept version again, under a new version number: the served one + 1.
+    FAILED_PRECONDITION: it is not kept.
+    """
 
 @_typing.type_check_only
 class WeightsServiceAsyncStub(WeightsServiceStub):
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
-    serving; or rejected at any point with the old version still serving.
+    serving; or rejected at any point with the old version still serving. Versions only grow.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    PushWeights: _aio.StreamUnaryMultiCallable[_weights_pb2.PushWeightsRequest, _weights_pb2.PushWeightsResponse]  # type: ignore[assignment]
-    """Pushes one version as a safetensors file: the manifest first, then its chunks in order.
-    Returns when the version serves. The served version and digest again: a no-op.
-    FAILED_PRECONDITION: another model, a version that is not newer, a tensor that the model
-    lacks or that has another shape or dtype. INVALID_ARGUMENT: a digest that does not match.
+    PushWeights: _aio.StreamStreamMultiCallable[_weights_pb2.PushWeightsRequest, _weights_pb2.PushWeightsResponse]  # type: ignore[assignment]
+    """Pushes one version as a safetensors file. The caller sends the manifest. Unless the file lies
+    in the shared folder, the server answers from which byte on it wants it (0, or more after a
+    stream that broke off) and the caller sends the chunks from there, in order. The server's
+    last answer comes when the version serves. The served version and digest again: a no-op.
+    FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
+    version, a tensor that the model lacks or that has another shape or dtype, a canary that does
+    not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
+    broke, or the engine did not take the version; push it again.
     """
     GetWeights: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]  # type: ignore[assignment]
-    """What is served, and how the last push fared."""
+    """What is served and what is kept, and how the last push fared."""
+    RollbackWeights: _aio.UnaryUnaryMultiCallable[_weights_pb2.RollbackWeightsRequest, _weights_pb2.RollbackWeightsResponse]  # type: ignore[assignment]
+    """Serves the tensors of a kept version again, under a new version number: the served one + 1.
+    FAILED_PRECONDITION: it is not kept.
+    """
 
 class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
-    serving; or rejected at any point with the old version still serving.
+    serving; or rejected at any point with the old version still serving. Versions only grow.
     """
 
     @_abc_1.abstractmethod
@@ -70,11 +86,15 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[_weights_pb2.PushWeightsRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_weights_pb2.PushWeightsResponse, _abc.Awaitable[_weights_pb2.PushWeightsResponse]]:
-        """Pushes one version as a safetensors file: the manifest first, then its chunks in order.
-        Returns when the version serves. The served version and digest again: a no-op.
-        FAILED_PRECONDITION: another model, a version that is not newer, a tensor that the model
-        lacks or that has another shape or dtype. INVALID_ARGUMENT: a digest that does not match.
+    ) -> _typing.Union[_abc.Iterator[_weights_pb2.PushWeightsResponse], _abc.AsyncIterator[_weights_pb2.PushWeightsResponse]]:
+        """Pushes one version as a safetensors file. The caller sends the manifest. Unless the file lies
+        in the shared folder, the server answers from which byte on it wants it (0, or more after a
+        stream that broke off) and the caller sends the chunks from there, in order. The server's
+        last answer comes when the version serves. The served version and digest again: a no-op.
+        FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
+        version, a tensor that the model lacks or that has another shape or dtype, a canary that does
+        not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
+        broke, or the engine did not take the version; push it again.
         """
 
     @_abc_1.abstractmethod
@@ -83,6 +103,16 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.GetWeightsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.GetWeightsResponse, _abc.Awaitable[_weights_pb2.GetWeightsResponse]]:
-        """What is served, and how the last push fared."""
+        """What is served and what is kept, and how the last push fared."""
+
+    @_abc_1.abstractmethod
+    def RollbackWeights(
+        self,
+        request: _weights_pb2.RollbackWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.RollbackWeightsResponse, _abc.Awaitable[_weights_pb2.RollbackWeightsResponse]]:
+        """Serves the tensors of a kept version again, under a new version number: the served one + 1.
+        FAILED_PRECONDITION: it is not kept.
+        """
 
 def add_WeightsServiceServicer_to_server(servicer: WeightsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from ibtree.errors import (
+    BrokenPushError,
     BusyError,
     ConflictError,
     FieldError,
@@ -30,6 +31,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     RolloutLostError: grpc.StatusCode.UNAVAILABLE,
     GrowthError: grpc.StatusCode.DEADLINE_EXCEEDED,
     EngineError: grpc.StatusCode.UNAVAILABLE,
+    BrokenPushError: grpc.StatusCode.UNAVAILABLE,
     GraderUnavailableError: grpc.StatusCode.UNAVAILABLE,
     NoReplyError: grpc.StatusCode.UNAVAILABLE,
 }

@@ -2,56 +2,92 @@
 
 from __future__ import annotations
 
+import time
+import zlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
-from ibtree.errors import FieldError
+from ibtree.errors import BrokenPushError, FieldError
 from ibtree.v1 import weights_pb2 as pb
 from ibtree.v1 import weights_pb2_grpc
 from ibtree.weights import CHUNK_BYTES
-from ibtree.wire_calls import manifest_from_proto, state_to_proto
+from ibtree.wire_calls import kept_to_proto, manifest_from_proto, pushed_to_proto, state_to_proto
 from server_ext.services.errors import reported
+from server_ext.weights.shared import SharedFolder
 from server_ext.weights.updater import WeightUpdater
 
 
 class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
     """See protos/ibtree/v1/weights.proto."""
 
-    def __init__(self, updater: WeightUpdater) -> None:
-        self._updater = updater
+    def __init__(self, updater: WeightUpdater, shared_dir: Path | None = None) -> None:
+        """`shared_dir`: where pushed files may lie instead of being sent; None: nowhere."""
+        self._updater, self._shared = updater, SharedFolder(shared_dir)
 
-    async def PushWeights(
+    async def PushWeights(  # type: ignore[override]  # writes its answers while it reads
         self, requests: AsyncIterator[pb.PushWeightsRequest], context: Any
-    ) -> pb.PushWeightsResponse:
+    ) -> None:
         async with reported(context):
             first = await anext(aiter(requests), pb.PushWeightsRequest())
             if not first.HasField("manifest"):
                 raise FieldError("manifest", "missing", "the stream's first message")
             manifest = manifest_from_proto(first.manifest)
-            outcome = await self._updater.push(manifest, _chunks(requests))
-            return pb.PushWeightsResponse(
-                version=outcome.version,
-                state=state_to_proto(outcome.state),
-                digest=outcome.digest,
-                pause_s=outcome.pause_s,
-            )
+            if first.shared_path:
+                source = self._shared.source(first.shared_path)
+            else:
+                source = _Stream(requests, context).chunks
+            outcome = await self._updater.push(manifest, source)
+            await context.write(pushed_to_proto(outcome))
 
     async def GetWeights(
         self, request: pb.GetWeightsRequest, context: Any
     ) -> pb.GetWeightsResponse:
         updater = self._updater
+        kept = updater.kept
         return pb.GetWeightsResponse(
             version=updater.serving.version,
             digest=updater.serving.digest,
             state=state_to_proto(updater.state),
             model_id=updater.model_id,
             dtype=updater.dtype,
+            age_s=max(time.time() - kept[-1].served_at_s, 0.0) if kept else 0.0,
+            pause_s=updater.pause_s,
+            kept=[kept_to_proto(one) for one in kept],
         )
 
+    async def RollbackWeights(
+        self, request: pb.RollbackWeightsRequest, context: Any
+    ) -> pb.RollbackWeightsResponse:
+        async with reported(context):
+            to_version = request.to_version if request.HasField("to_version") else None
+            outcome = await self._updater.rollback(to_version)
+            return pb.RollbackWeightsResponse(
+                version=outcome.version,
+                restored_version=outcome.restored_version,
+                digest=outcome.digest,
+                pause_s=outcome.pause_s,
+            )
 
-async def _chunks(requests: AsyncIterator[pb.PushWeightsRequest]) -> AsyncIterator[bytes]:
-    async for request in requests:
-        if not request.HasField("chunk") or len(request.chunk) > CHUNK_BYTES:
-            problem = f"{len(request.chunk)} bytes" if request.HasField("chunk") else "missing"
-            raise FieldError("chunk", problem, f"at most {CHUNK_BYTES} bytes a message")
-        yield request.chunk
+
+class _Stream:
+    """The chunks of one call."""
+
+    def __init__(self, requests: AsyncIterator[pb.PushWeightsRequest], context: Any) -> None:
+        self._requests, self._context = requests, context
+
+    async def chunks(self, start: int) -> AsyncIterator[bytes]:
+        await self._context.write(pb.PushWeightsResponse(send_from=start))
+        at = start
+        async for request in self._requests:
+            chunk = request.chunk
+            data = chunk.data  # a copy, each time it is asked for
+            if not request.HasField("chunk") or not 0 < len(data) <= CHUNK_BYTES:
+                problem = f"{len(data)} bytes" if request.HasField("chunk") else "missing"
+                raise FieldError("chunk", problem, f"1 to {CHUNK_BYTES} bytes a message")
+            if chunk.offset != at:
+                raise FieldError("chunk.offset", f"got {chunk.offset}", f"{at}: in order")
+            if zlib.crc32(data) != chunk.crc32:
+                raise BrokenPushError(f"the chunk at byte {at} was damaged on its way; push again")
+            yield data
+            at += len(data)

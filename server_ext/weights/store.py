@@ -1,10 +1,13 @@
-"""The weight versions on disk: staging, the served version, what is kept.
+"""The weight versions on disk: what is kept, which one serves.
 
-    <dir>/staging.part            a push in progress; removed when the store is opened
-    <dir>/<version>.safetensors   a verified version
-    <dir>/serving.json            which version serves: replaced atomically, after it was applied
+    <dir>/staging.part                  a push in progress; removed when the store is opened
+    <dir>/<version>.safetensors         a verified version, whole
+    <dir>/<version>.delta.safetensors   a verified version as a delta on its base
+    <dir>/serving.json                  the kept versions, the last one serves: replaced atomically
+                                        after a version was applied
 
-So a restart serves exactly the version before or the version after an interrupted push.
+So a restart serves exactly the version before or the version after an interrupted push. Files of
+versions that never served are removed with the next one that does.
 """
 
 from __future__ import annotations
@@ -12,12 +15,15 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ibtree.errors import FieldError
+from ibtree.messages import KeptWeights
 
-_KEPT = 2
+_LONGEST_CHAIN = 8
+"""Files of one version: a restart should read little more than its bytes."""
 
 
 @dataclass(frozen=True)
@@ -28,64 +34,89 @@ class Serving:
     digest: bytes = b""
 
 
+@dataclass(frozen=True)
+class StoredWeights(KeptWeights):
+    """A version that served: `files` are the whole file and the deltas on it that give it."""
+
+    files: tuple[str, ...] = ()
+
+
 class WeightStore:
     """One folder, one writer."""
 
-    def __init__(self, directory: Path, model_id: str) -> None:
-        self._dir, self._model_id = directory, model_id
+    def __init__(self, directory: Path, model_id: str, keep: int = 4) -> None:
+        """`keep`: how many versions that served stay, the present one included.
+
+        Raises FieldError if the list of versions is damaged.
+        """
+        self._dir, self._model_id, self._keep = directory, model_id, keep
         self._dir.mkdir(parents=True, exist_ok=True)
         self.staging = self._dir / "staging.part"
         self.staging.unlink(missing_ok=True)
         self._pointer = self._dir / "serving.json"
+        self.kept = self._read()
+        """Oldest first, the last one serves; empty if nothing did, or another model did."""
 
-    def path(self, version: int) -> Path:
-        return self._dir / f"{version}.safetensors"
-
-    def serving(self) -> Serving:
-        """What served last; version 0 if nothing did, or if it was another model.
-
-        Raises FieldError if the pointer is damaged.
-        """
+    def _read(self) -> tuple[StoredWeights, ...]:
         if not self._pointer.is_file():
-            return Serving()
+            return ()
         try:
-            entry = json.loads(self._pointer.read_text())
-            serving = Serving(int(entry["version"]), bytes.fromhex(entry["digest"]))
-            other_model = entry["model_id"] != self._model_id
+            content = json.loads(self._pointer.read_text())
+            kept = tuple(_entry(**one) for one in content["kept"])
+            other_model = content["model_id"] != self._model_id
         except (ValueError, TypeError, KeyError) as error:
             problem = f"{self._pointer} is damaged ({error!r})"
             raise FieldError("data_dir", problem, "remove it to start from the model") from error
-        return Serving() if other_model else serving
+        return () if other_model else kept
 
-    def keep(self, version: int) -> Path:
-        """Makes the staged file durable as this version."""
+    def serving(self) -> Serving:
+        """What served last."""
+        return Serving(self.kept[-1].version, self.kept[-1].digest) if self.kept else Serving()
+
+    def files(self, version: StoredWeights) -> list[Path]:
+        """The whole file and the deltas that give it, in order."""
+        return [self._dir / name for name in version.files]
+
+    def takes_delta(self) -> bool:
+        """Whether a delta may be kept as it is; if not, its result has to be."""
+        return bool(self.kept) and len(self.kept[-1].files) < _LONGEST_CHAIN
+
+    def sync_staging(self) -> None:
         with self.staging.open("rb") as file:
             os.fsync(file.fileno())
-        self.staging.rename(self.path(version))
-        self._sync()
-        return self.path(version)
 
-    def serve(self, serving: Serving) -> None:
-        """Makes a kept version the served one, durably, and drops old versions."""
+    def keep(self, version: int, *, delta: bool = False) -> tuple[str, ...]:
+        """Makes the staged file durable; returns the files that give the version."""
+        self.sync_staging()
+        name = f"{version}.delta.safetensors" if delta else f"{version}.safetensors"
+        self.staging.rename(self._dir / name)
+        self._sync()
+        return (*self.kept[-1].files, name) if delta else (name,)
+
+    def serve(self, version: StoredWeights) -> None:
+        """Makes a version the served one, durably, and drops old ones."""
+        self._point_at((*self.kept, version)[-self._keep :])
+        needed = {name for one in self.kept for name in one.files}
+        for path in self._dir.glob("*.safetensors"):
+            if path.name.partition(".")[0].isdecimal() and path.name not in needed:
+                with suppress(OSError):  # what cannot be dropped now is dropped the next time
+                    path.unlink()
+
+    def put_back(self, kept: tuple[StoredWeights, ...]) -> None:
+        """Undoes a `serve` that failed half-way: `kept` as it was before."""
+        if self.kept != kept:
+            self._point_at(kept)
+
+    def _point_at(self, kept: tuple[StoredWeights, ...]) -> None:
         fresh = self._pointer.with_suffix(".new")
-        entry = {
-            "version": serving.version,
-            "digest": serving.digest.hex(),
-            "model_id": self._model_id,
-        }
+        entries = [asdict(one) | {"digest": one.digest.hex()} for one in kept]
         with fresh.open("w") as file:
-            json.dump(entry, file)
+            json.dump({"model_id": self._model_id, "kept": entries}, file)
             file.flush()
             os.fsync(file.fileno())
         fresh.rename(self._pointer)
+        self.kept = kept
         self._sync()
-        names = (path.stem for path in self._dir.glob("*.safetensors"))
-        versions = sorted(int(name) for name in names if name.isdecimal())
-        kept = [version for version in versions if version <= serving.version][-_KEPT:]
-        for version in versions:
-            if version not in kept:
-                with suppress(OSError):  # what cannot be dropped now is dropped the next time
-                    self.path(version).unlink()
 
     def _sync(self) -> None:
         handle = os.open(self._dir, os.O_RDONLY)
@@ -93,3 +124,7 @@ class WeightStore:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _entry(*, digest: str, files: list[str], **rest: Any) -> StoredWeights:
+    return StoredWeights(digest=bytes.fromhex(digest), files=tuple(files), **rest)

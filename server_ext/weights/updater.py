@@ -3,31 +3,43 @@
 announced ─▶ received ─▶ verified ─▶ staged ─▶ applied ─▶ serving
     │            │           │          │         │
     └────────────┴───────────┴──────────┴─────────┴──▶ rejected   (the old version serves on)
+
+Verified: the host copy holds its tensors, to the bit. Staged: its file is durable. Applied: the
+engine holds them; its canary is scored then. A rollback is a new version made of an old one's
+files: it goes from announced to verified.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ibtree.errors import FieldError, PreconditionError
-from ibtree.messages import PushOutcome
-from ibtree.weights import DTYPE_BYTES, TensorSpec, WeightManifest, describe
+from ibtree.messages import PushOutcome, RollbackOutcome
+from ibtree.weights import Canary, TensorSpec, WeightManifest
 from server_ext.engine import Engine, MixedWeightsError
-from server_ext.weights.store import Serving, WeightStore
+from server_ext.weights.canary import check_canary, check_sizes
+from server_ext.weights.host import HostCopy
+from server_ext.weights.inbox import Inbox, Source
+from server_ext.weights.manifest import (
+    check_digests,
+    check_file,
+    check_size,
+    check_tensors,
+    check_version,
+)
+from server_ext.weights.store import Serving, StoredWeights, WeightStore
 
 if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
-_HEADER_BYTES_PER_TENSOR = 4096
-_VERSIONS = 2**63  # trees carry them as 64-bit integers
 
 
 class WeightState(StrEnum):
@@ -43,7 +55,7 @@ class WeightState(StrEnum):
 
 
 class WeightUpdater:
-    """Takes one push at a time."""
+    """Takes one push or rollback at a time."""
 
     def __init__(
         self,
@@ -57,8 +69,14 @@ class WeightUpdater:
         self._engine, self._store, self._model_dir = engine, store, model_dir
         self._specs, self.model_id = specs, model_id
         self._lock = asyncio.Lock()
+        self._inbox = Inbox(store.staging)
+        self._host = HostCopy()
+        self._held: Serving | None = Serving()
+        """The version in the host copy; None: it may be a mix."""
         self.serving = Serving()
         self.state = WeightState.SERVING
+        self.pause_s = 0.0
+        """How long no rollout could run at the last update."""
         self.broken = asyncio.Event()
         """Set when a mix of weights may be loaded: the process must end."""
 
@@ -67,165 +85,243 @@ class WeightUpdater:
         """safetensors dtype that is taken."""
         return self._engine.dtype
 
+    @property
+    def kept(self) -> tuple[StoredWeights, ...]:
+        """Versions that can be gone back to, oldest first; the last one serves."""
+        return self._store.kept
+
     async def restore(self) -> None:
         """Serves the version that served before a restart. Raises FieldError if it is damaged."""
-        kept = self._store.serving()
-        if kept.version:
-            path = self._store.path(kept.version)
-            if not path.is_file():
-                raise FieldError("data_dir", f"{path} is missing", "put it back, or start anew")
-            specs = await asyncio.to_thread(describe, path)
-            manifest = WeightManifest(kept.version, self.model_id, specs, path.stat().st_size)
-            if manifest.digest != kept.digest:
-                raise FieldError("data_dir", f"{path} is damaged", "put it back, or start anew")
-            tensors = await asyncio.to_thread(self._tensors, kept.version)
+        if self._store.kept:
+            await asyncio.to_thread(self._hold, self._store.kept[-1])
             async with self._engine.paused():
-                await self._engine.load(tensors, kept.version)
-            self.serving = kept
-            _log.info("serving weight version %s again", kept.version)
+                await self._engine.load(self._tensors(), self._store.serving().version)
+            self.serving = self._store.serving()
+            _log.info("serving weight version %s again", self.serving.version)
 
-    async def push(self, manifest: WeightManifest, chunks: AsyncIterator[bytes]) -> PushOutcome:
+    async def push(self, manifest: WeightManifest, source: Source) -> PushOutcome:
         """Receives, checks and serves a version; returns when it serves.
 
-        Raises PreconditionError (another model, not newer, tensors that do not fit), FieldError
-        (bytes that do not match the manifest), EngineError (not applied).
+        Raises PreconditionError (another model or base, not newer, tensors that do not fit, a
+        canary that fails), FieldError (bytes that do not match the manifest), EngineError (not
+        applied), and what the source raises.
         """
         await self._lock.acquire()
+        version = manifest.version
         try:
-            if Serving(manifest.version, manifest.digest) == self.serving:
+            if Serving(version, manifest.digest) == self.serving:
                 self._lock.release()
-                return PushOutcome(manifest.version, WeightState.SERVING, manifest.digest, 0.0)
-            self._enter(WeightState.ANNOUNCED, manifest)
+                return PushOutcome(version, WeightState.SERVING, manifest.digest, 0.0)
+            self._enter(WeightState.ANNOUNCED, version)
             self._check(manifest)
-            await self._receive(manifest, chunks)
-            self._enter(WeightState.RECEIVED, manifest)
+            await self._inbox.receive(manifest, source)
+            self._enter(WeightState.RECEIVED, version)
         except BaseException:
-            self._enter(WeightState.REJECTED, manifest)
+            self._enter(WeightState.REJECTED, version)
             self._lock.release()
             raise
-        # With all its bytes here the version goes its way to the end, whether the caller waits or
-        # not: half a version must not stay in the engine, nor the next push meet this one's file.
-        finishing = asyncio.ensure_future(self._finish(manifest))
-        finishing.add_done_callback(lambda _: self._lock.release())
-        pause_s = await asyncio.shield(finishing)
-        return PushOutcome(manifest.version, WeightState.SERVING, manifest.digest, pause_s)
+        pause_s = await self._to_the_end(version, self._take(manifest))
+        return PushOutcome(version, WeightState.SERVING, manifest.digest, pause_s)
 
-    async def _finish(self, manifest: WeightManifest) -> float:
-        """From received to serving, or rejected; returns the pause [s]."""
+    async def rollback(self, to_version: int | None = None) -> RollbackOutcome:
+        """Serves a kept version's tensors again, as the version after the served one; by default
+        those of the newest that differs. Raises PreconditionError, FieldError, EngineError."""
+        await self._lock.acquire()
         try:
-            await asyncio.to_thread(_verify, self._store.staging, manifest)
-            self._enter(WeightState.VERIFIED, manifest)
-            await asyncio.to_thread(self._store.keep, manifest.version)
-            self._enter(WeightState.STAGED, manifest)
-            pause_s = await self._apply(manifest)
+            target = self._target(to_version)
         except BaseException:
-            self._enter(WeightState.REJECTED, manifest)
+            self._lock.release()
             raise
-        self._enter(WeightState.SERVING, manifest)
-        return pause_s
+        version = self.serving.version + 1
+        self._enter(WeightState.ANNOUNCED, version)
+        pause_s = await self._to_the_end(version, self._go_back(target, version))
+        return RollbackOutcome(version, target.version, target.digest, pause_s)
 
-    def _enter(self, state: WeightState, manifest: WeightManifest) -> None:
+    async def _to_the_end(self, version: int, work: Coroutine[Any, Any, float]) -> float:
+        """From here the version goes its way, whether the caller waits or not: half a version must
+        not stay in the engine, nor the next push meet this one's file."""
+
+        async def whole() -> float:
+            try:
+                pause_s = await work
+            except BaseException:
+                self._enter(WeightState.REJECTED, version)
+                raise
+            self._enter(WeightState.SERVING, version)
+            return pause_s
+
+        finishing = asyncio.ensure_future(whole())
+        finishing.add_done_callback(lambda _: self._lock.release())
+        return await asyncio.shield(finishing)
+
+    async def _take(self, manifest: WeightManifest) -> float:
+        """From received to applied; returns the pause [s]."""
+        before = dict(self._host.specs)
+        try:
+            # the disk writes while the processor hashes; neither may go on after the other failed
+            verifying = asyncio.to_thread(self._verify, manifest)
+            writing = asyncio.to_thread(self._store.sync_staging)
+            for done in await asyncio.gather(verifying, writing, return_exceptions=True):
+                if isinstance(done, BaseException):
+                    raise done
+            self._enter(WeightState.VERIFIED, manifest.version)
+            stored = await asyncio.to_thread(self._stage, manifest)
+            self._enter(WeightState.STAGED, manifest.version)
+            return await self._apply(stored, self._changed(before), manifest.canary)
+        except Exception:
+            await asyncio.to_thread(self._hold_served)
+            raise
+        finally:
+            self._inbox.forget()
+
+    async def _go_back(self, target: StoredWeights, version: int) -> float:
+        """From announced to applied; returns the pause [s]."""
+        before = dict(self._host.specs)
+        stored = replace(target, version=version, restored_version=target.version)
+        try:
+            await asyncio.to_thread(self._hold, target)
+            self._held = Serving(version, target.digest)
+            self._enter(WeightState.VERIFIED, version)
+            self._enter(WeightState.STAGED, version)  # its files have been there all the time
+            return await self._apply(stored, self._changed(before), None)
+        except Exception:
+            await asyncio.to_thread(self._hold_served)
+            raise
+
+    def _enter(self, state: WeightState, version: int) -> None:
         """The one place where a version changes its state."""
-        _log.info("weight version %s: %s", manifest.version, state)
+        _log.info("weight version %s: %s", version, state)
         self.state = state
 
     def _check(self, manifest: WeightManifest) -> None:
-        """Raises PreconditionError unless the announced tensors are exactly the model's."""
+        """Raises PreconditionError or FieldError unless it can follow the served version."""
         if manifest.model_id != self.model_id:
             raise PreconditionError(
                 f"model_id: the weights are of model {manifest.model_id[:12]}…, this server runs "
                 f"{self.model_id[:12]}…; start the learner from the same model folder"
             )
+        check_version(manifest, self.serving)
+        check_tensors(manifest, self._specs, self.dtype)
         if manifest.base_version is not None:
-            raise PreconditionError("base_version: deltas are not taken; push a whole version")
-        if manifest.version >= _VERSIONS:
-            problem = f"got {manifest.version}"
-            raise FieldError(
-                "manifest.version", problem, f"above the served one, below {_VERSIONS}"
-            )
-        if manifest.version <= self.serving.version:
-            raise PreconditionError(
-                f"version: {manifest.version} is not newer than the served {self.serving.version}"
-            )
-        names = [t.name for t in manifest.tensors]
-        for name in (
-            *sorted(set(names) - set(self._specs)),
-            *sorted(set(self._specs) - set(names)),
-        ):
-            known = "is missing" if name in self._specs else "is not in the model"
-            raise PreconditionError(f"tensors: {name!r} {known}; push exactly the model's tensors")
-        if len(set(names)) != len(names):
-            raise PreconditionError("tensors: a name stands twice; push each tensor once")
-        for t in manifest.tensors:
-            if t.shape != self._specs[t.name].shape:
-                expected = list(self._specs[t.name].shape)
+            base = Serving(manifest.base_version, manifest.base_digest)
+            if not base.digest or not base == self.serving == self._held:
+                held = self._held if self._held and self._held.digest else None
+                has = f"version {held.version} ({held.digest.hex()[:12]}…)" if held else "none"
                 raise PreconditionError(
-                    f"tensors: {t.name!r} has shape {list(t.shape)}, the model {expected}"
+                    f"base_version: the delta builds on version {base.version} "
+                    f"({base.digest.hex()[:12]}…), this server holds {has}; push a whole version"
                 )
-            if t.dtype != self.dtype:
-                raise PreconditionError(
-                    f"tensors: {t.name!r} has dtype {t.dtype}, the server takes {self.dtype}"
-                )
+        check_size(manifest)
+        if manifest.canary:
+            check_sizes(manifest.canary, self._engine.context_tokens)
 
-    async def _receive(self, manifest: WeightManifest, chunks: AsyncIterator[bytes]) -> None:
-        limit = manifest.file_bytes
-        data_bytes = sum(DTYPE_BYTES[t.dtype] * math.prod(t.shape) for t in manifest.tensors)
-        most = data_bytes + _HEADER_BYTES_PER_TENSOR * (len(manifest.tensors) + 1)
-        if not data_bytes < limit <= most:
-            raise FieldError("manifest.file_bytes", f"got {limit}", f"({data_bytes}, {most}]")
-        received = 0
-        with self._store.staging.open("wb") as file:
-            async for chunk in chunks:
-                received += len(chunk)
-                if received > limit:
-                    raise FieldError("chunk", f"more than {limit} bytes", "the announced size")
-                file.write(chunk)  # 2 MiB into the page cache; a thread could outlive the push
-        if received != limit:
-            raise FieldError("chunk", f"the stream ended after {received} bytes", f"{limit}")
+    def _verify(self, manifest: WeightManifest) -> None:
+        """The host copy then holds the version. Raises FieldError unless it is as announced."""
+        path = self._store.staging
+        check_file(path, manifest)
+        self._held = None
+        if manifest.base_version is None:
+            self._host.load([path])
+        else:
+            self._host.add(path)
+        check_digests(self._host.specs, manifest)
+        self._held = Serving(manifest.version, manifest.digest)
 
-    async def _apply(self, manifest: WeightManifest) -> float:
-        """No rollout runs from the first tensor until the version serves or the old one is back."""
-        serving = Serving(manifest.version, manifest.digest)
-        tensors = await asyncio.to_thread(self._tensors, manifest.version)
+    def _stage(self, manifest: WeightManifest) -> StoredWeights:
+        """Makes the version durable."""
+        delta = manifest.base_version is not None and self._store.takes_delta()
+        if manifest.base_version is not None and not delta:
+            self._host.write(self._store.staging)
+        size = self._store.staging.stat().st_size
+        files = self._store.keep(manifest.version, delta=delta)
+        base = manifest.base_version if delta else None
+        return StoredWeights(manifest.version, manifest.digest, size, 0.0, base, files=files)
+
+    def _changed(self, before: Mapping[str, TensorSpec]) -> list[str]:
+        """What of the host copy the engine does not have yet; at least one tensor, with which it
+        takes the version's number."""
+        specs = self._host.specs
+        changed = [name for name in specs if specs[name] != before.get(name)]
+        return changed or [min(specs, key=lambda name: (len(specs[name].shape), name))]
+
+    async def _apply(
+        self, stored: StoredWeights, changed: Iterable[str], canary: Canary | None
+    ) -> float:
+        """No rollout begins from the first tensor until the version serves or the old one is
+        back."""
+        before = self._store.kept
         async with self._engine.paused():
             begin = time.monotonic()
             try:
-                await self._engine.load(tensors, manifest.version)
-                self._enter(WeightState.APPLIED, manifest)
-                await asyncio.to_thread(self._store.serve, serving)
-            except Exception:
-                await self._put_back()
+                await self._engine.load(self._host.tensors(changed), stored.version)
+                self._enter(WeightState.APPLIED, stored.version)
+                if canary:
+                    await check_canary(self._engine, canary, stored.version)
+                stored = replace(stored, served_at_s=time.time())
+                await asyncio.to_thread(self._store.serve, stored)
+            except Exception as error:
+                _log.error("weight version %s was not taken: %s", stored.version, error)
+                await self._put_back(before)
                 raise
-            self.serving = serving
-            return time.monotonic() - begin
+            self.serving = Serving(stored.version, stored.digest)
+            self.pause_s = time.monotonic() - begin
+        return self.pause_s
 
-    async def _put_back(self) -> None:
-        _log.exception("an update failed half-way; putting version %s back", self.serving.version)
+    async def _put_back(self, kept: tuple[StoredWeights, ...]) -> None:
+        """The engine may hold a mix: loads the served version whole."""
+        _log.info("putting weight version %s back", self.serving.version)
         try:
-            tensors = await asyncio.to_thread(self._tensors, self.serving.version)
-            await self._engine.load(tensors, self.serving.version)
-            if self._store.serving() != self.serving:
-                await asyncio.to_thread(self._store.serve, self.serving)
+            await asyncio.to_thread(self._store.put_back, kept)
+            if kept:
+                await asyncio.to_thread(self._hold, kept[-1])
+            await self._engine.load(self._tensors(), self.serving.version)
         except Exception as error:
             self.broken.set()
             raise MixedWeightsError("the old weights could not be put back") from error
 
-    def _tensors(self, version: int) -> list[tuple[str, torch.Tensor]]:
+    def _hold(self, stored: StoredWeights) -> None:
+        """The host copy then holds this version. Raises FieldError if its files are damaged."""
+        serving = Serving(stored.version, stored.digest)
+        if self._held == serving:
+            return
+        files = self._store.files(stored)
+        for path in files:
+            if not path.is_file():
+                raise FieldError("data_dir", f"{path} is missing", "put it back, or start anew")
+        self._held = None
+        self._host.load(files)
+        if self._host.digest != stored.digest:
+            raise FieldError("data_dir", f"{files[-1]} is damaged", "put it back, or start anew")
+        self._held = serving
+
+    def _hold_served(self) -> None:
+        """After a rejection; without a host copy deltas are refused until a whole version came."""
+        try:
+            if self._store.kept:
+                self._hold(self._store.kept[-1])
+            else:
+                self._host.clear()
+                self._held = Serving()
+        except Exception:
+            _log.exception("version %s is not in the host copy any more", self.serving.version)
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors of the served version."""
+        if self._store.kept:
+            yield from self._host.tensors(self._host.specs)
+            return
         from safetensors.torch import load_file  # imports torch: not before it is needed
 
-        files = [self._store.path(version)] if version else self._model_dir.glob("*.safetensors")
-        return [item for path in sorted(files) for item in load_file(path).items()]
+        for path in sorted(self._model_dir.glob("*.safetensors")):
+            yield from load_file(path).items()
 
-
-def _verify(path: Path, manifest: WeightManifest) -> None:
-    """Raises FieldError unless the file holds exactly the announced tensors."""
-    found = {t.name: t for t in describe(path)}
-    for announced in manifest.tensors:
-        tensor = found.pop(announced.name, None)
-        if tensor is None:
-            raise FieldError("weights", f"{announced.name} is not in the file", "as announced")
-        if tensor != announced:
-            what = "digest" if tensor.sha256 != announced.sha256 else "dtype or shape"
-            raise FieldError("weights", f"wrong {what} of {announced.name}", "as announced")
-    for name in found:
-        raise FieldError("weights", f"the file holds {name}, not announced", "as announced")
+    def _target(self, version: int | None) -> StoredWeights:
+        """What to roll back to. Raises PreconditionError."""
+        kept = self._store.kept
+        others = [one for one in kept if one.digest != self.serving.digest]
+        wanted = [one for one in others if version in (None, one.version)]
+        if not wanted:
+            numbers = ", ".join(str(one.version) for one in others) or "none"
+            which = "no version" if version is None else f"no other version {version}"
+            raise PreconditionError(f"to_version: {which} is kept; those that differ: {numbers}")
+        return wanted[-1]

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import grpc
 import pytest
+import torch
 
 from ibtree.messages import Prompt
 from ibtree.options import TreeOptions
@@ -33,6 +34,7 @@ from ibtree.weights import checkpoint_specs, model_identity
 from ibtree.wire import tree_to_proto
 from ibtree.wire_calls import prompt_from_proto
 from learner.__main__ import main
+from learner.model import load_policy
 from server_ext.journal import Journal
 from server_ext.producer import JournalThread, Producer
 from server_ext.services.queue import QueueService
@@ -73,6 +75,23 @@ def record(model_dir: Path, trees: int, per_step: int, seed: int = 0) -> list[Tr
         ]
         recording.append(tree)
     return recording
+
+
+class ModelEngine(FakeEngine):
+    """Computes with the weights that it was given, in float32."""
+
+    def __init__(self, model_dir: Path) -> None:
+        super().__init__()
+        self._model = load_policy(model_dir, torch.device("cpu"), "float32")
+        self.off = 0.0
+        """Added to what it computes [nats]."""
+
+    async def try_out(self, prefix: Sequence[int], token: int) -> float:
+        self.tried.append(self.version)
+        self._model.load_state_dict(self.weights, strict=False)
+        with torch.no_grad():
+            logits = self._model(torch.tensor([list(prefix)])).logits[0, -1]
+        return self.off + float(torch.log_softmax(logits, -1)[token])
 
 
 class RecordedForest:
@@ -132,10 +151,16 @@ class RecordedServer:
     wire; times of growth follow from `seed`."""
 
     def __init__(
-        self, folder: Path, model_dir: Path, recording: list[Tree], seed: int = 0, returns: int = 99
+        self,
+        folder: Path,
+        model_dir: Path,
+        recording: list[Tree],
+        seed: int = 0,
+        returns: int = 99,
+        shared_dir: Path | None = None,
     ) -> None:
         self.folder, self._model_dir, self._recording = folder, model_dir, recording
-        self._seed, self._returns = seed, returns
+        self._seed, self._returns, self._shared_dir = seed, returns, shared_dir
         self.spoil: dict[int, Callable[[tree_pb2.Tree], None]] = {}
         self._up, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
 
@@ -185,7 +210,8 @@ class RecordedServer:
         model_id = model_identity(self._model_dir)
         store = WeightStore(self.folder / "weights", model_id)
         specs = checkpoint_specs(self._model_dir)
-        self.updater = WeightUpdater(FakeEngine(), store, self._model_dir, specs, model_id)
+        engine = ModelEngine(self._model_dir)
+        self.updater = WeightUpdater(engine, store, self._model_dir, specs, model_id)
         self.forest = RecordedForest(
             self._recording, self._seed, lambda: self.updater.serving.version
         )
@@ -203,7 +229,8 @@ class RecordedServer:
         sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, server)
         queue = QueueService(self._journal, producer, 60.0, lambda: 0)
         queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, server)
-        weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsService(self.updater), server)
+        weights = WeightsService(self.updater, self._shared_dir)
+        weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
         self.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         producing = asyncio.create_task(producer.run())

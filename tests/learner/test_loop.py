@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ibtree.tree import Finish, Tree
 from ibtree.v1 import tree_pb2
-from ibtree.weights import model_identity
+from ibtree.weights import make_manifest, model_identity
 from learner.door import flaw
 from tests.learner.recorded import RUN_ID, Learner, RecordedServer, record, write_model
 from tests.learner.tiny import CPU
@@ -209,9 +209,10 @@ def test_the_best_and_the_last_weights_are_plain_folders(site, model, tmp_path):
     assert [row["accuracy"] for row in rows(one, "eval")] == [0.25, 0.5, 0.75, 0.5]
     folders = {name: one.out_dir / name for name in ("best", "last")}
     assert len(list((one.out_dir / "exports").iterdir())) == 2
-    served = {number: site.updater._store.path(number).read_bytes() for number in (2, 3)}
+    kept = {one.version: one.digest for one in site.updater.kept}
     for (name, folder), number in zip(folders.items(), (2, 3), strict=True):
-        assert (folder / "model.safetensors").read_bytes() == served[number], name
+        weights = make_manifest(folder / "model.safetensors", number, "")
+        assert weights.digest == kept[number], name
         assert (folder / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
     loaded = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders.values()]
     weights = [torch.cat([w.flatten() for w in m.parameters()]) for m in loaded]

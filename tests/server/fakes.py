@@ -7,7 +7,7 @@ import random
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import astuple, fields
 from types import SimpleNamespace
@@ -96,10 +96,11 @@ class FakeEngine:
 
     `write` makes the text of a rollout from its token ids and number. While `go_on` is not set
     rollouts hang, while `half_way` is not set updates do. Each update takes one entry of `faults`
-    (an exception, or None) and raises it half-way.
+    (an exception, or None) and raises it half-way. An update that interrupts finds rollouts half
+    through what is left of them.
     """
 
-    def __init__(self, drain_timeout_s: float = 5.0) -> None:
+    def __init__(self, switch: str = "interrupt", drain_timeout_s: float = 5.0) -> None:
         self.context_tokens, self.dtype = 512, "F32"
         self.write: Callable[[Sequence[int], int], str] = toy_text
         self.go_on, self.half_way = asyncio.Event(), asyncio.Event()
@@ -113,27 +114,40 @@ class FakeEngine:
         self.running: dict[str, asyncio.Event] = {}
         self.requests: list[str] = []
         self.updating = False
-        self._gate, self._drain_timeout_s = Gate(), drain_timeout_s
+        self.tried: list[int] = []
+        """The version of each trial."""
+        self._spans: dict[str, list[tuple[float, int]]] = {}
+        """Of the rollouts in flight: (share of the tokens before these, updates before them)."""
+        self._trial, self._withdrawn = False, set[int]()
+        self._gate = Gate()
+        self._drain_timeout_s = drain_timeout_s if switch == "drain" else None
 
     async def generate(
         self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
     ) -> Completion:
         assert rid not in self.running
         assert 0 < max_new_tokens < self.context_tokens - len(token_ids)
-        async with self._gate.rollout():
-            aborted = self.running[rid] = asyncio.Event()
-            self.requests.append(rid)
-            try:
-                await self._held(aborted)
-                number = rid.rsplit("/", 1)[1]
-                text = self.write(token_ids, int(number) if number != "prompt" else -1)
-                out = (*text.encode(), EOS)
-            finally:
-                del self.running[rid]
+        number = rid.rsplit("/", 1)[1]
+        while True:
+            async with self._gate.rollout():
+                aborted = self.running[rid] = asyncio.Event()
+                spans = self._spans[rid] = [(0.0, len(self.updates))]
+                self.requests.append(rid)
+                try:
+                    await self._held(aborted)
+                    text = self.write(token_ids, int(number) if number != "prompt" else -1)
+                finally:
+                    del self.running[rid], self._spans[rid]
+            if self._trial:
+                await self._gate.opened()
+            if not self._withdrawn & {update for _, update in spans}:
+                break
+        out = (*text.encode(), EOS)
         finish = Finish.STOP if len(out) <= max_new_tokens else Finish.LENGTH
         out, finish = (out[:3], Finish.NONE) if aborted.is_set() else (out[:max_new_tokens], finish)
         logprobs = tuple(-((t * 7 + i) % 16) / 16 for i, t in enumerate(out))
-        versions = (self.version,) * len(out)
+        made_by = [[u for at, u in spans if at * len(out) <= i][-1] for i in range(len(out))]
+        versions = tuple((0, *self.updates)[update] for update in made_by)
         return Completion(out, logprobs, versions, finish, len(token_ids), len(token_ids) // 2)
 
     async def _held(self, aborted: asyncio.Event) -> None:
@@ -154,17 +168,31 @@ class FakeEngine:
         if rid in self.running:  # like SGLang's, which knows no requests that wait at the gate
             self.running[rid].set()
 
+    async def try_out(self, prefix: Sequence[int], token: int) -> float:
+        assert not self._gate.is_open
+        self.tried.append(self.version)
+        return self.logprob(prefix, token)
+
+    def logprob(self, prefix: Sequence[int], token: int) -> float:
+        """Of the weights it holds."""
+        total = sum(float(tensor.float().sum()) for tensor in self.weights.values())
+        return -(abs(total + len(prefix) + token / 7) % 5.0)
+
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
         try:
             async with self._gate.update(self._drain_timeout_s):
-                assert not self.running
-                yield
+                assert not self.running or self._drain_timeout_s is None
+                try:
+                    yield
+                finally:
+                    self._trial = False
         except StillBusy as error:
             raise DrainTimeout("rollouts did not end") from error
 
-    async def load(self, tensors: Sequence[tuple[str, torch.Tensor]], version: int) -> None:
+    async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         assert not self.updating, "two updates at once"
+        assert not self._gate.is_open
         self.updating = True
         try:
             fault = self.faults.popleft() if self.faults else None
@@ -174,8 +202,13 @@ class FakeEngine:
                     if fault:
                         raise fault
                 self.weights[name] = tensor.clone()
+            if self._trial:
+                self._withdrawn.add(len(self.updates))
+            self._trial = True
             self.version = version
             self.updates.append(version)
+            for spans in self._spans.values():
+                spans.append(((spans[-1][0] + 1) / 2, len(self.updates)))
         finally:
             self.updating = False
 

@@ -29,6 +29,7 @@ from server_ext.producer import JournalThread, Producer
 from server_ext.rewards.base import Graders
 from server_ext.rewards.exact import ExactGrader
 from server_ext.services.cache import CacheService
+from server_ext.services.channel import SERVER_OPTIONS
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
@@ -49,7 +50,8 @@ class Site:
     """`async with Site(folder)`: built like server_ext.app, without the process around it."""
 
     def __init__(self, folder: Path, **limits: Any) -> None:
-        self.weights = Served(folder)
+        self.weights = Served(folder, limits.get("switch", "interrupt"))
+        self._shared_dir = limits.get("shared_dir")
         self.engine, self.updater = self.weights.engine, self.weights.updater
         self.tokenizer = ToyTokenizer()
         open_journal = partial(Journal, folder / "j.sqlite", max_returns=2, max_failures=3)
@@ -79,11 +81,11 @@ class Site:
         self.sampling = SamplingService(self.forest, self.journal, self.producer, max_queued)
 
     async def __aenter__(self) -> Self:
-        self.server = grpc.aio.server(options=[("grpc.max_receive_message_length", 2**26)])
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
         sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(self.sampling, self.server)
         queue = QueueService(self.journal, self.producer, 60.0, lambda: self.sampling.interactive)
         queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, self.server)
-        weights = WeightsService(self.updater)
+        weights = WeightsService(self.updater, self._shared_dir)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, self.server)
         cache = CacheService(self.engine.trees, Auditor(self.engine, self.forest))
         cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self.server)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import grpc
 import pytest
 
-from ibtree.v1 import queue_pb2, sampling_pb2, tree_pb2, weights_pb2
+from ibtree.v1 import queue_pb2, sampling_pb2, tree_pb2, weights_pb2, weights_pb2_grpc
 from ibtree.weights import CHUNK_BYTES, WeightManifest
 from ibtree.wire_calls import manifest_to_proto
 from tests.server.site import CONTEXT, DEFAULTS, MAX_TRAJECTORIES, Site
@@ -28,7 +31,7 @@ async def site(tmp_path):
 
 async def refused(call: Any, code: grpc.StatusCode, *words: str) -> None:
     """The awaited call ends with the code and says the words."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(grpc.RpcError) as caught:
         await call
     details = caught.value.details() or ""
     assert caught.value.code() is code, f"{caught.value.code()}: {details[:300]}"
@@ -187,12 +190,26 @@ async def test_an_unknown_lease_is_not_found(site, lease_id):
     await site.still_serves()
 
 
+async def exchange(site: Site, *parts: weights_pb2.PushWeightsRequest) -> None:
+    """By a synchronous channel: the other sort may report its failed write, not the status."""
+    with grpc.insecure_channel(site.target) as channel:
+        call = weights_pb2_grpc.WeightsServiceStub(channel).PushWeights(iter(parts))
+        await asyncio.to_thread(list, call)
+
+
+def chunk(data: bytes, offset: int = 0, crc32: int | None = None) -> weights_pb2.PushWeightsRequest:
+    crc32 = zlib.crc32(data) if crc32 is None else crc32
+    part = weights_pb2.WeightChunk(offset=offset, data=data, crc32=crc32)
+    return weights_pb2.PushWeightsRequest(chunk=part)
+
+
 async def push(site: Site, manifest, *chunks: bytes, first: bool = True) -> None:
-    parts = [weights_pb2.PushWeightsRequest(chunk=chunk) for chunk in chunks]
+    at = [0, *accumulate(map(len, chunks))]
+    parts = [chunk(data, offset) for data, offset in zip(chunks, at, strict=False)]
     if manifest is not None:
         part = weights_pb2.PushWeightsRequest(manifest=manifest_to_proto(manifest))
         parts.insert(0 if first else 1, part)
-    await site.raw_weights.PushWeights(iter(parts))
+    await exchange(site, *parts)
 
 
 @pytest.fixture
@@ -213,8 +230,7 @@ async def test_a_push_without_a_manifest(site, version):
     await refused(push(site, None), INVALID, "manifest")
     await refused(push(site, None, data), INVALID, "manifest")
     await refused(push(site, version.manifest, data, first=False), INVALID, "manifest")
-    empty = iter([weights_pb2.PushWeightsRequest()])
-    await refused(site.raw_weights.PushWeights(empty), INVALID, "manifest")
+    await refused(exchange(site, weights_pb2.PushWeightsRequest()), INVALID, "manifest")
     await unharmed(site, version)
 
 
@@ -227,9 +243,20 @@ async def test_bad_chunks(site, version):
     await refused(push(site, version.manifest, data[:-1]), INVALID, "chunk")
     await refused(push(site, version.manifest, data, b"\0"), INVALID, "chunk")
     again = weights_pb2.PushWeightsRequest(manifest=manifest_to_proto(version.manifest))
-    await refused(site.raw_weights.PushWeights(iter([again, again])), INVALID, "chunk")
+    await refused(exchange(site, again, again), INVALID, "chunk")
+    await refused(exchange(site, again, chunk(b"")), INVALID, "chunk", "0 bytes")
+    for offset in (-1, 1, 2**62):
+        await refused(exchange(site, again, chunk(data, offset)), INVALID, "chunk.offset")
+    damaged = exchange(site, again, chunk(data, crc32=1))
+    await refused(damaged, grpc.StatusCode.UNAVAILABLE, "byte 0", "damaged")
     flipped = data[:-1] + bytes([data[-1] ^ 1])
     await refused(push(site, version.manifest, flipped), INVALID, "digest")
+    twice = exchange(site, again, chunk(data[:9]), chunk(data[:9]))
+    await refused(twice, INVALID, "chunk.offset", "9")
+    outside = weights_pb2.PushWeightsRequest(
+        manifest=manifest_to_proto(version.manifest), shared_path="/etc/passwd"
+    )
+    await refused(exchange(site, outside), grpc.StatusCode.FAILED_PRECONDITION, "--shared-dir")
     await unharmed(site, version)
 
 

@@ -231,7 +231,7 @@ async def test_a_pushed_version_serves_and_labels_tokens(site):
 
 
 async def test_a_push_by_the_synchronous_client_of_many_chunks(site, monkeypatch):
-    monkeypatch.setattr("ibtree.wire_calls.CHUNK_BYTES", 50)
+    monkeypatch.setattr("ibtree.wire_calls.SENT_BYTES", 50)
     version = version_of(site.weights.folder, 5)
 
     def push():

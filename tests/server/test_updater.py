@@ -32,11 +32,11 @@ def watched(served: Served) -> list[str]:
     return states
 
 
-async def refused(served: Served, manifest, chunks, error: type[Exception], words: str) -> None:
+async def refused(served: Served, manifest, source, error: type[Exception], words: str) -> None:
     """The push fails, says why, and changes nothing."""
     before, updates = served.updater.serving, len(served.engine.updates)
     with pytest.raises(error, match=words):
-        await served.updater.push(manifest, chunks)
+        await served.updater.push(manifest, source)
     served.check(before.version)
     assert served.updater.serving == before
     assert served.store.serving() == before
@@ -54,7 +54,7 @@ async def test_the_drawn_life(served):
     states = watched(served)
     served.check(0)
     version = version_of(served.folder, 1)
-    outcome = await served.updater.push(version.manifest, version.chunks())
+    outcome = await served.updater.push(version.manifest, version.source())
     assert states == LIFE
     assert outcome == PushOutcome(1, "serving", version.manifest.digest, outcome.pause_s)
     assert outcome.pause_s > 0
@@ -82,14 +82,14 @@ async def test_another_model_does_not_take_over_the_versions(at_3):
 @pytest.mark.parametrize("size", [1, 7, 10**6])
 async def test_chunks_of_any_size(served, size):
     version = version_of(served.folder, 1)
-    await served.updater.push(version.manifest, version.chunks(size))
+    await served.updater.push(version.manifest, version.source(size))
     served.check(1)
 
 
 async def test_the_served_version_again_is_a_no_op(at_3):
     states = watched(at_3)
     version = version_of(at_3.folder, 3)
-    outcome = await at_3.updater.push(version.manifest, version.chunks())
+    outcome = await at_3.updater.push(version.manifest, version.source())
     assert outcome == PushOutcome(3, "serving", version.manifest.digest, 0.0)
     assert states == []
     assert at_3.engine.updates == [3]
@@ -99,20 +99,13 @@ async def test_the_served_version_again_is_a_no_op(at_3):
 async def test_a_version_that_is_not_newer_is_refused(at_3, number):
     version = version_of(at_3.folder, number, tensors(99))
     words = f"version: {number} is not newer than the served 3"
-    await refused(at_3, version.manifest, version.chunks(), PreconditionError, words)
+    await refused(at_3, version.manifest, version.source(), PreconditionError, words)
 
 
 async def test_another_model_is_refused(at_3):
     version = version_of(at_3.folder, 4)
     manifest = version.but(model_id="x" * 64)
-    await refused(at_3, manifest, version.chunks(), PreconditionError, "model_id")
-
-
-@pytest.mark.parametrize("base", [0, 3])
-async def test_a_delta_is_refused(at_3, base):
-    version = version_of(at_3.folder, 4)
-    manifest = version.but(base_version=base)
-    await refused(at_3, manifest, version.chunks(), PreconditionError, "base_version")
+    await refused(at_3, manifest, version.source(), PreconditionError, "model_id")
 
 
 def renamed(content):
@@ -139,13 +132,13 @@ async def test_tensors_that_do_not_fit_are_refused(at_3, name):
     content = tensors(4)
     change(content)
     version = version_of(at_3.folder, 4, content)
-    await refused(at_3, version.manifest, version.chunks(), PreconditionError, f"tensors: {words}")
+    await refused(at_3, version.manifest, version.source(), PreconditionError, f"tensors: {words}")
 
 
 async def test_a_name_that_stands_twice_is_refused(at_3):
     version = version_of(at_3.folder, 4)
     twice = version.but(tensors=(*version.manifest.tensors, version.manifest.tensors[0]))
-    await refused(at_3, twice, version.chunks(), PreconditionError, "twice")
+    await refused(at_3, twice, version.source(), PreconditionError, "twice")
 
 
 def specs(version: Version, **changes: object) -> tuple[TensorSpec, ...]:
@@ -158,7 +151,7 @@ async def test_a_wrong_digest_is_refused(at_3, sha256):
     version = version_of(at_3.folder, 4)
     manifest = version.but(tensors=specs(version, sha256=sha256))
     words = "weights: wrong digest of model.a"
-    await refused(at_3, manifest, version.chunks(), FieldError, words)
+    await refused(at_3, manifest, version.source(), FieldError, words)
 
 
 @pytest.mark.parametrize("name", ["missing", "extra", "renamed", "shape", "dtype"])
@@ -168,43 +161,43 @@ async def test_a_file_that_holds_other_tensors_than_announced_is_refused(at_3, n
     other = version_of(at_3.folder, 5, content)
     size = other.path.stat().st_size
     manifest = version_of(at_3.folder, 4).but(file_bytes=size)
-    await refused(at_3, manifest, other.chunks(), FieldError, "weights|file_bytes")
+    await refused(at_3, manifest, other.source(), FieldError, "weights|file_bytes")
 
 
 @pytest.mark.parametrize("by", [-(10**6), -1, 1, 10**6])
 async def test_a_stream_of_another_length_than_announced_is_refused(at_3, by):
     version = version_of(at_3.folder, 4)
     manifest = version.but(file_bytes=version.manifest.file_bytes + by)
-    await refused(at_3, manifest, version.chunks(), FieldError, "file_bytes|chunk")
+    await refused(at_3, manifest, version.source(), FieldError, "file_bytes|chunk")
 
 
 async def test_an_endless_stream_is_refused_at_the_announced_size(at_3):
     version, sent = version_of(at_3.folder, 4), []
 
-    async def endless():
+    async def endless(start: int):
         while True:
             sent.append(100)
             yield bytes(100)
 
-    await refused(at_3, version.manifest, endless(), FieldError, "chunk: more than")
+    await refused(at_3, version.manifest, endless, FieldError, "chunk: more than")
     assert sum(sent) < version.manifest.file_bytes + 200
 
 
 @pytest.mark.parametrize("size", [-1, 0, 60, 2**62])
 async def test_an_absurd_size_is_refused_before_a_byte_is_taken(at_3, size):
-    async def none_taken():
+    async def none_taken(start: int):
         raise AssertionError("a byte was taken")
         yield b""
 
     manifest = version_of(at_3.folder, 4).but(file_bytes=size)
-    await refused(at_3, manifest, none_taken(), FieldError, "manifest.file_bytes")
+    await refused(at_3, manifest, none_taken, FieldError, "manifest.file_bytes")
 
 
 async def test_a_version_that_trees_cannot_carry_is_refused(at_3):
     """Readers take versions below 2^63, and once it serves no smaller one is taken."""
     version = version_of(at_3.folder, 2**63)
     error = (FieldError, PreconditionError)
-    await refused(at_3, version.manifest, version.chunks(), error, "version")
+    await refused(at_3, version.manifest, version.source(), error, "version")
 
 
 async def test_random_bit_flips_and_cuts_are_refused(at_3):
@@ -219,28 +212,28 @@ async def test_random_bit_flips_and_cuts_are_refused(at_3):
             if rng.random() < 0.5:  # cut, then filled up to the announced size
                 data += rng.randbytes(len(whole) - len(data))
         version.path.write_bytes(data)
-        await refused(at_3, version.manifest, version.chunks(), FieldError, "weights|chunk")
+        await refused(at_3, version.manifest, version.source(), FieldError, "weights|chunk")
     version.path.write_bytes(whole)
-    await at_3.updater.push(version.manifest, version.chunks())
+    await at_3.updater.push(version.manifest, version.source())
     at_3.check(4)
 
 
 async def test_a_stream_that_breaks_off_is_rejected(at_3):
     version = version_of(at_3.folder, 4)
 
-    async def broken():
-        async for chunk in version.chunks():
+    async def broken(start: int):
+        async for chunk in version.source()(start):
             yield chunk
             raise ConnectionError("gone")
 
-    await refused(at_3, version.manifest, broken(), ConnectionError, "gone")
-    await at_3.updater.push(version.manifest, version.chunks())
+    await refused(at_3, version.manifest, broken, ConnectionError, "gone")
+    await at_3.updater.push(version.manifest, version.source())
     at_3.check(4)
 
 
 async def test_pushes_queue_up(served):
     versions = [version_of(served.folder, n) for n in (1, 2, 3)]
-    pushes = [served.updater.push(v.manifest, v.chunks(7)) for v in versions]
+    pushes = [served.updater.push(v.manifest, v.source(7)) for v in versions]
     outcomes = await asyncio.gather(*pushes)
     assert [o.version for o in outcomes] == served.engine.updates == [1, 2, 3]
     assert [o.state for o in outcomes] == ["serving"] * 3
@@ -250,7 +243,7 @@ async def test_pushes_queue_up(served):
 async def test_two_learners_push_the_same_version(served):
     version = version_of(served.folder, 1)
     outcomes = await asyncio.gather(
-        *(served.updater.push(version.manifest, version.chunks()) for _ in range(2))
+        *(served.updater.push(version.manifest, version.source()) for _ in range(2))
     )
     assert outcomes[0].pause_s > 0 and outcomes[1].pause_s == 0.0
     assert served.engine.updates == [1]

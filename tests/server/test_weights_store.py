@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ibtree.errors import FieldError
-from server_ext.weights.store import Serving, WeightStore
+from server_ext.weights.store import Serving, StoredWeights, WeightStore
 from tests.server.versions import MODEL_ID, version_of
 
 DIGEST = bytes(range(32))
@@ -18,18 +18,22 @@ DIGEST = bytes(range(32))
 
 @pytest.fixture
 def store(tmp_path) -> WeightStore:
-    return WeightStore(tmp_path / "deep" / "weights", MODEL_ID)
+    return WeightStore(tmp_path / "deep" / "weights", MODEL_ID, keep=3)
 
 
 def reopened(store: WeightStore, model_id: str = MODEL_ID) -> WeightStore:
-    return WeightStore(store.staging.parent, model_id)
+    return WeightStore(store.staging.parent, model_id, keep=3)
 
 
-def put(store: WeightStore, version: int, serve: bool = True) -> None:
+def put(store: WeightStore, version: int, *, serve: bool = True, delta: bool = False) -> None:
     store.staging.write_bytes(b"version %d" % version)
-    store.keep(version)
+    files = store.keep(version, delta=delta)
     if serve:
-        store.serve(Serving(version, DIGEST))
+        store.serve(StoredWeights(version, DIGEST, 9, 1.5, files=files))
+
+
+def versions(store: WeightStore) -> list[int]:
+    return [one.version for one in store.kept]
 
 
 def files(store: WeightStore) -> set[str]:
@@ -44,7 +48,8 @@ def test_a_version_is_kept_and_served_across_re_opening(store):
     put(store, 3)
     again = reopened(store)
     assert again.serving() == Serving(3, DIGEST)
-    assert again.path(3).read_bytes() == b"version 3"
+    assert again.kept == store.kept and again.kept[0].served_at_s == 1.5
+    assert [path.read_bytes() for path in again.files(again.kept[0])] == [b"version 3"]
     assert files(again) == {"3.safetensors", "serving.json"}
 
 
@@ -59,10 +64,33 @@ def test_another_model_starts_anew(store):
     assert reopened(store, "another").serving() == Serving()
 
 
-def test_the_version_before_is_kept_and_older_ones_are_dropped(store):
-    for version in (1, 2, 5, 9):
+def test_some_versions_are_kept_and_older_ones_are_dropped(store):
+    for version in (1, 2, 5, 9, 11):
         put(store, version)
-    assert files(store) == {"5.safetensors", "9.safetensors", "serving.json"}
+    assert versions(store) == versions(reopened(store)) == [5, 9, 11]
+    assert files(store) == {*(f"{n}.safetensors" for n in (5, 9, 11)), "serving.json"}
+
+
+def test_what_deltas_build_on_stays_as_long_as_they_do(store):
+    put(store, 1)
+    for version in (2, 3, 4, 5):
+        put(store, version, delta=True)
+    assert versions(store) == [3, 4, 5]
+    chain = ["1.safetensors", *(f"{n}.delta.safetensors" for n in (2, 3, 4, 5))]
+    assert [path.name for path in store.files(store.kept[-1])] == chain
+    assert files(store) == {*chain, "serving.json"}
+    for version in (6, 7, 8):
+        put(store, version)
+    assert files(store) == {*(f"{n}.safetensors" for n in (6, 7, 8)), "serving.json"}
+
+
+def test_chains_do_not_grow_for_ever(store):
+    assert not store.takes_delta()
+    put(store, 1)
+    for version in range(2, 9):
+        assert store.takes_delta()
+        put(store, version, delta=True)
+    assert not store.takes_delta()
 
 
 @pytest.mark.parametrize("others", [[3], [8, 9], [1, 8, 9], [3, 5], [3, 4, 5, 6]])
@@ -72,13 +100,25 @@ def test_the_served_version_is_never_dropped(store, others):
         put(store, version, serve=False)
     put(store, 2)
     assert reopened(store).serving() == Serving(2, DIGEST)
-    assert store.path(2).read_bytes() == b"version 2"
+    assert files(store) == {"2.safetensors", "serving.json"}
 
 
-def test_a_foreign_file_does_not_stop_it(store):
+def test_a_foreign_file_stays_and_does_not_stop_it(store):
     (store.staging.parent / "backup.safetensors").write_bytes(b"")
     put(store, 1)
     assert reopened(store).serving() == Serving(1, DIGEST)
+    assert "backup.safetensors" in files(store)
+
+
+def test_going_back_to_what_was_kept_before(store):
+    for version in (1, 2):
+        put(store, version)
+    before = store.kept
+    put(store, 3)
+    store.put_back(before)
+    assert versions(store) == versions(reopened(store)) == [1, 2]
+    store.put_back(())
+    assert reopened(store).serving() == Serving()
 
 
 class Crash(BaseException):
@@ -103,7 +143,7 @@ class Fuse:
         return burn
 
 
-DISK_CALLS = 8  # three to keep a version, four to serve it, one to drop an old one
+DISK_CALLS = 9  # four to keep a version, four to serve it, one to drop an old one
 
 
 @pytest.mark.parametrize("at", range(DISK_CALLS + 1))
@@ -115,12 +155,12 @@ async def test_a_crash_anywhere_leaves_exactly_the_old_or_the_new_version(served
     with monkeypatch.context() as patched:
         fuse = Fuse(patched, at, Crash)
         with suppress(Crash):
-            await served.updater.push(version.manifest, version.chunks())
+            await served.updater.push(version.manifest, version.source())
         assert fuse.calls == min(at + 1, DISK_CALLS)
     await served.restart()
-    assert served.updater.serving.version == (2 if at <= 5 else 3)
+    assert served.updater.serving.version == (2 if at <= 6 else 3)
     served.check(served.updater.serving.version)
-    await served.updater.push(version.manifest, version.chunks())
+    await served.updater.push(version.manifest, version.source())
     served.check(3)
     await served.restart()
     served.check(3)
@@ -135,7 +175,7 @@ async def test_a_failing_disk_call_leaves_engine_and_disk_of_one_mind(served, at
     with monkeypatch.context() as patched:
         Fuse(patched, at, OSError)
         with suppress(OSError):
-            await served.updater.push(version.manifest, version.chunks())
+            await served.updater.push(version.manifest, version.source())
     number = served.updater.serving.version
     served.check(number)
     assert served.updater.state == ("serving" if number == 3 else "rejected")
@@ -147,7 +187,7 @@ async def test_a_failing_disk_call_leaves_engine_and_disk_of_one_mind(served, at
 async def test_a_damaged_served_version_is_refused_at_the_start(served, damage):
     await served.push(1)
     await served.push(2)
-    path = served.store.path(2)
+    path = served.stored(2)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     if damage == "missing":
@@ -157,13 +197,15 @@ async def test_a_damaged_served_version_is_refused_at_the_start(served, damage):
     elif damage == "bit":
         path.write_bytes(data)
     else:
-        path.write_bytes(served.store.path(1).read_bytes())
+        path.write_bytes(served.stored(1).read_bytes())
     with pytest.raises(FieldError) as caught:
         await served.restart()
     assert caught.value.field in ("data_dir", "weights")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"version": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"version": 1}', '{"model_id": "m", "kept": [{}]}', '{"kept": []}']
+)
 async def test_a_damaged_pointer_is_refused_with_its_field(served, content):
     await served.push(1)
     (served.folder / "weights" / "serving.json").write_text(content)

@@ -1,0 +1,72 @@
+"""`ibtpo weights [status] | rollback`: the weight versions of a server."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from typing import Any
+
+from ibtree.cli.output import Command, print_figures
+from ibtree.client import Client
+from ibtree.errors import FieldError
+from ibtree.messages import KeptWeights
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.to is not None and arguments.what != "rollback":
+        raise FieldError("to", "without rollback", "ibtpo weights rollback --to VERSION")
+    if arguments.to is not None and not 0 < arguments.to < 2**63:
+        raise FieldError("to", f"got {arguments.to}", "a kept version")
+    {"status": _status, "rollback": _rollback}[arguments.what](arguments)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    with Client(arguments.server) as client:
+        served = client.get_weights()
+    figures: dict[str, Any] = asdict(served) | {"digest": served.digest.hex()}
+    figures["file_bytes"] = served.kept[-1].file_bytes if served.kept else 0
+    if arguments.json:
+        figures["kept"] = [asdict(one) | {"digest": one.digest.hex()} for one in served.kept]
+    else:
+        del figures["kept"]
+        now_s = time.time()
+        figures |= {f"kept {one.version}": _line(one, now_s) for one in reversed(served.kept)}
+    print_figures(figures, arguments.json)
+
+
+def _line(kept: KeptWeights, now_s: float) -> str:
+    words = [kept.digest.hex()[:12], f"{kept.file_bytes} bytes"]
+    if kept.base_version is not None:
+        words.append(f"on {kept.base_version}")
+    if kept.restored_version is not None:
+        words.append(f"version {kept.restored_version} again")
+    return ", ".join([*words, f"since {now_s - kept.served_at_s:.0f} s"])
+
+
+def _rollback(arguments: argparse.Namespace) -> None:
+    with Client(arguments.server) as client:
+        outcome = client.rollback_weights(arguments.to)
+    print_figures(asdict(outcome) | {"digest": outcome.digest.hex()}, arguments.json)
+
+
+def _options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "what",
+        nargs="?",
+        choices=("status", "rollback"),
+        default="status",
+        help="status (default): what is served and what is kept; rollback: serve a kept version's "
+        "tensors again, under a new number",
+    )
+    command.add_argument(
+        "--to",
+        type=int,
+        metavar="VERSION",
+        help="kept version to go back to; default: the newest that differs",
+    )
+
+
+COMMANDS: tuple[Command, ...] = (
+    ("weights", "the weight version that is served, and going back to another", _run, _options),
+)

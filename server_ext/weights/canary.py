@@ -1,0 +1,46 @@
+"""The canary: what the learner computes with the new weights, the engine must compute too."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ibtree.errors import FieldError, PreconditionError
+from ibtree.weights import Canary
+from server_ext.engine import Engine
+
+_MOST_TOKENS = 32
+
+
+class CanaryError(PreconditionError):
+    """Engine and learner disagree about a version; it is taken back."""
+
+
+def check_sizes(canary: Canary, context_tokens: int) -> None:
+    """Raises FieldError unless there is something to score that fits the engine."""
+    count = len(canary.logprobs)
+    if not 1 <= count <= _MOST_TOKENS:
+        raise FieldError("manifest.canary.logprobs", f"{count} tokens", f"1 to {_MOST_TOKENS}")
+    length = len(canary.token_ids)
+    if not count < length < context_tokens:
+        allowed = f"more than are scored, fewer than {context_tokens}"
+        raise FieldError("manifest.canary.token_ids", f"{length} tokens", allowed)
+    if not 0 < canary.tolerance < float("inf"):
+        raise FieldError("manifest.canary.tolerance", f"{canary.tolerance}", "above 0 [nats]")
+
+
+async def check_canary(engine: Engine, canary: Canary, version: int) -> None:
+    """Inside `engine.paused`, after the load. Raises CanaryError or EngineError."""
+    first = len(canary.token_ids) - len(canary.logprobs)
+    scored = await asyncio.gather(
+        *(
+            engine.try_out(canary.token_ids[:at], canary.token_ids[at])
+            for at in range(first, len(canary.token_ids))
+        )
+    )
+    for at, (mine, theirs) in enumerate(zip(scored, canary.logprobs, strict=True), start=first):
+        # not a number is no agreement
+        if not abs(mine - theirs) <= canary.tolerance:
+            raise CanaryError(
+                f"canary: version {version} gives token {at} {mine:.4f} nats here, "
+                f"{theirs:.4f} in the learner; tolerance {canary.tolerance:.4g}"
+            )

@@ -1,0 +1,47 @@
+"""The file of a push in progress. What is in it outlives the stream that brought it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from ibtree.errors import FieldError
+from ibtree.weights import WeightManifest
+
+Source = Callable[[int], AsyncIterator[bytes]]
+"""Brings a file: called with the first byte that is wanted, gives the rest in order, verified."""
+
+
+class Inbox:
+    """One push at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._key: tuple[object, ...] = ()
+        self._size = 0
+
+    async def receive(self, manifest: WeightManifest, source: Source) -> None:
+        """Returns when the whole file is here. Raises FieldError if it has another size, and what
+        the source raises: then the same manifest's next push goes on where this one stopped."""
+        key = (manifest.version, manifest.digest, manifest.base_digest, manifest.file_bytes)
+        if key != self._key:
+            self.forget()
+        self._key, limit = key, manifest.file_bytes
+        with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            async for chunk in source(self._size):
+                if self._size + len(chunk) > limit:
+                    self.forget()
+                    raise FieldError("chunk", f"more than {limit} bytes", "the announced size")
+                file.write(chunk)  # 2 MiB into the page cache; a thread could outlive the push
+                self._size += len(chunk)
+        if self._size != limit:
+            problem = f"the stream ended after {self._size} bytes"
+            self.forget()
+            raise FieldError("chunk", problem, f"{limit}")
+
+    def forget(self) -> None:
+        """The file was used, or is no good."""
+        self._key, self._size = (), 0
