@@ -2,8 +2,9 @@
 
 One server for all; each run is a learner of its own that starts from the untrained model (it pushes
 it first). Accuracy while learning is that of the first rollouts of each step's trees, which no
-branching inflates; at the end 256 held-out problems are asked. `--tasks`, `--ways`, `--seeds` and
-`--tokens` make it shorter; runs that are there already are not run again.
+branching inflates; at the end 256 held-out problems are asked. Writes a table and, with the curves,
+benchmarks/out/learning.html. `--tasks`, `--ways`, `--seeds` and `--tokens` make it shorter; runs
+that are there already are not run again.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "arith"))
 
 import task
 from processes import MODEL, SAMPLING, Ended, command, running, server_command, wait_until_serving
+from report import CSS, Series, chart
 
 OUT = Path(__file__).parent / "out" / "learning.json"
-RUNS = OUT.with_suffix("")
+RUNS, FIGURE = OUT.with_suffix(""), OUT.with_suffix(".html")
 HELD_OUT, PER_STEP = 256, 16
 TASKS = {"easy": (6, 96), "sparse": (14, 192)}
 """Terms of the problems, and most new tokens of a trajectory."""
@@ -35,12 +37,13 @@ WAYS = {
     "ib_budget": ["--strategy=ib_budget", *TREE],
 }
 """The rows of the paper's Table 2, and ours."""
+Rows = list[dict[str, Any]]
+"""Of a run's metrics."""
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t at 97.5 % by number of seeds."""
 
 
-def learn(target: str, way: str, name: str, seed: int, tokens: int) -> list[dict[str, Any]]:
-    """The rows of the run's metrics."""
+def learn(target: str, way: str, name: str, seed: int, tokens: int) -> Rows:
     folder = RUNS / f"{name}-{way}-{seed}-{tokens}"
     metrics = folder / "metrics.jsonl"
     if not (folder / "last").exists():
@@ -65,7 +68,7 @@ def learn(target: str, way: str, name: str, seed: int, tokens: int) -> list[dict
     return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
-def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+def figures_of(rows: Rows) -> dict[str, float]:
     """Accuracy at the end, and its mean over the tokens generated on the way."""
     steps = [row for row in rows if row["kind"] == "step"]
     evals = [row for row in rows if row["kind"] == "eval"]
@@ -96,16 +99,44 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     arguments = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    found: dict[tuple[str, str], list[Rows]] = {}
     with running(server_command(RUNS / "server"), RUNS / "server.log") as process:
         target = wait_until_serving(process).grpc
         for seed in range(arguments.seeds):
             for name in arguments.tasks:
                 for way in arguments.ways:
                     rows = learn(target, way, name, seed, arguments.tokens)
-                    found.setdefault((name, way), []).append(figures_of(rows))
-                    print(name, way, seed, found[name, way][-1], flush=True)
-    report(found)
+                    found.setdefault((name, way), []).append(rows)
+                    print(name, way, seed, figures_of(rows), flush=True)
+    report({key: [figures_of(rows) for rows in runs] for key, runs in found.items()})
+    draw(found)
+
+
+def curve(way: str, runs: list[Rows]) -> Series:
+    """Accuracy against generated tokens: means over seeds, step by step, and their intervals."""
+    series = Series(way, list(WAYS).index(way), [])
+    for rows in zip(*([r for r in run if r["kind"] == "step"] for run in runs), strict=False):
+        tokens = statistics.mean(row["tokens"] for row in rows)
+        mean, half = mean_and_interval([row["first_round_reward"] for row in rows])
+        series.points.append((tokens, mean))
+        if len(rows) > 1:
+            series.spread.append((tokens, mean - half, mean + half))
+    return series
+
+
+def draw(found: dict[tuple[str, str], list[Rows]]) -> None:
+    charts = [
+        chart(
+            f"{name}: {TASKS[name][0]} terms, accuracy of first rollouts, 95 % interval",
+            "generated tokens",
+            [curve(way, runs) for (task_name, way), runs in found.items() if task_name == name],
+        )
+        for name in dict.fromkeys(name for name, _ in found)
+    ]
+    FIGURE.write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>bench-learning</title>'
+        f'<style>{CSS}</style><main><div class="charts">{"".join(charts)}</div></main></html>\n'
+    )
 
 
 def report(found: dict[tuple[str, str], list[dict[str, float]]]) -> None:
