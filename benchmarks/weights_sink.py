@@ -19,7 +19,7 @@ import grpc
 
 from ibtree.v1 import weights_pb2_grpc
 from ibtree.weights import checkpoint_specs
-from server_ext.services.channel import SERVER_OPTIONS
+from server_ext.services.channel import SERVER_OPTIONS, keep_message_memory
 from server_ext.services.weights import WeightsService
 from server_ext.weights.store import WeightStore
 from server_ext.weights.updater import WeightUpdater
@@ -60,6 +60,7 @@ class Memory(threading.Thread):
 async def main(model: Path, data: Path) -> None:
     store = WeightStore(data, "model", keep=1)
     updater = WeightUpdater(NoEngine(), store, model, checkpoint_specs(model), "model")  # type: ignore[arg-type]
+    keep_message_memory()
     server = grpc.aio.server(options=SERVER_OPTIONS)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsService(updater), server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -22,7 +22,7 @@ from ibtree.errors import FieldError
 
 CHUNK_BYTES = 2 * 1024 * 1024
 """Most bytes of a chunk."""
-SENT_BYTES = 512 * 1024
+SENT_BYTES = 256 * 1024
 """Bytes of the chunks that clients send: gRPC holds several messages at a time."""
 DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _HASHING_THREADS = 2

@@ -49,7 +49,7 @@ from server_ext.rewards.regex import RegexGrader
 from server_ext.rewards.remote import RemoteGrader
 from server_ext.rewards.self_consistency import SelfConsistencyGrader
 from server_ext.services.cache import CacheService
-from server_ext.services.channel import SERVER_OPTIONS
+from server_ext.services.channel import SERVER_OPTIONS, keep_message_memory
 from server_ext.services.health import Health, serve_health
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
@@ -73,6 +73,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         defaults = options_from(config)
         check_job_names(defaults, graders, config.grader)
 
+        keep_message_memory()
         server = grpc.aio.server(options=SERVER_OPTIONS)
         port = _bind("port", config, partial(_add_port, server))
         health = Health()

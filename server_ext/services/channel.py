@@ -1,6 +1,8 @@
-"""Options of the server's gRPC port."""
+"""Options of the server's gRPC port, and of the memory that its messages take."""
 
 from __future__ import annotations
+
+import ctypes
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
@@ -9,7 +11,18 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     # weights come in at twice the rate in large frames; the window is what of them may lie in
     # memory, and without these it grows
-    ("grpc.http2.max_frame_size", 512 * 1024),
-    ("grpc.http2.lookahead_bytes", 1024 * 1024),
+    ("grpc.http2.max_frame_size", 256 * 1024),
+    ("grpc.http2.lookahead_bytes", 512 * 1024),
     ("grpc.http2.bdp_probe", 0),
 ]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep_message_memory() -> None:
+    """Without it glibc gives the memory of each large message back and faults it in again for the
+    next: weights then come in at half the rate."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:  # other C libraries have none
+        mallopt(_M_TRIM_THRESHOLD, 64 * 1024 * 1024)
+        mallopt(_M_MMAP_THRESHOLD, 4 * 1024 * 1024)

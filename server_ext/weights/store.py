@@ -6,8 +6,8 @@
     <dir>/serving.json                  the kept versions, the last one serves: replaced atomically
                                         after a version was applied
 
-So a restart serves exactly the version before or the version after an interrupted push. Files of
-versions that never served are removed with the next one that does.
+So a restart serves exactly the version before or the version after an interrupted push. Files that
+no kept version needs are removed after the next one serves.
 """
 
 from __future__ import annotations
@@ -94,8 +94,11 @@ class WeightStore:
         return (*self.kept[-1].files, name) if delta else (name,)
 
     def serve(self, version: StoredWeights) -> None:
-        """Makes a version the served one, durably, and drops old ones."""
+        """Makes a version the served one, durably."""
         self._point_at((*self.kept, version)[-self._keep :])
+
+    def drop(self) -> None:
+        """Removes the files that no kept version needs. Takes long for large ones."""
         needed = {name for one in self.kept for name in one.files}
         for path in self._dir.glob("*.safetensors"):
             if path.name.partition(".")[0].isdecimal() and path.name not in needed:

@@ -69,6 +69,7 @@ class WeightUpdater:
         self._engine, self._store, self._model_dir = engine, store, model_dir
         self._specs, self.model_id = specs, model_id
         self._lock = asyncio.Lock()
+        self._tidying: asyncio.Future[None] | None = None
         self._inbox = Inbox(store.staging)
         self._host = HostCopy()
         self._held: Serving | None = Serving()
@@ -137,6 +138,11 @@ class WeightUpdater:
         pause_s = await self._to_the_end(version, self._go_back(target, version))
         return RollbackOutcome(version, target.version, target.digest, pause_s)
 
+    async def settled(self) -> None:
+        """Returns when no push or rollback is under way, nor what follows one."""
+        async with self._lock:
+            pass
+
     async def _to_the_end(self, version: int, work: Coroutine[Any, Any, float]) -> float:
         """From here the version goes its way, whether the caller waits or not: half a version must
         not stay in the engine, nor the next push meet this one's file."""
@@ -150,8 +156,16 @@ class WeightUpdater:
             self._enter(WeightState.SERVING, version)
             return pause_s
 
+        async def tidied() -> None:
+            try:
+                await asyncio.wait({finishing})
+                if not (finishing.cancelled() or finishing.exception()):
+                    await asyncio.to_thread(self._store.drop)  # large files take their time
+            finally:
+                self._lock.release()
+
         finishing = asyncio.ensure_future(whole())
-        finishing.add_done_callback(lambda _: self._lock.release())
+        self._tidying = asyncio.ensure_future(tidied())
         return await asyncio.shield(finishing)
 
     async def _take(self, manifest: WeightManifest) -> float:

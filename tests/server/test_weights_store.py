@@ -30,6 +30,7 @@ def put(store: WeightStore, version: int, *, serve: bool = True, delta: bool = F
     files = store.keep(version, delta=delta)
     if serve:
         store.serve(StoredWeights(version, DIGEST, 9, 1.5, files=files))
+        store.drop()
 
 
 def versions(store: WeightStore) -> list[int]:
@@ -156,6 +157,8 @@ async def test_a_crash_anywhere_leaves_exactly_the_old_or_the_new_version(served
         fuse = Fuse(patched, at, Crash)
         with suppress(Crash):
             await served.updater.push(version.manifest, version.source())
+        with suppress(Crash):
+            await served.updater.settled()
         assert fuse.calls == min(at + 1, DISK_CALLS)
     await served.restart()
     assert served.updater.serving.version == (2 if at <= 6 else 3)
