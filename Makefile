@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(PY) examples/arith/demo.py $(if $(COMPARE),--compare)
 
+# Two workers: one has the tests with engines (tests/conftest.py), which take turns.
 test: setup lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	.venv/bin/ruff check .

@@ -154,7 +154,7 @@ async def throughput(served: Served, child: Client, pairs: int, problems: Any) -
     figures: dict[str, float] = {}
     for in_flight in IN_FLIGHT:
         ratios, rates = [], []
-        count = max(2 * in_flight, 12)
+        count = max(in_flight, 12)
         for pair in range(pairs):
             chosen = problems(count, 6, 1000 * in_flight + pair)
             ways = [served.grow, child.grow]
@@ -206,7 +206,7 @@ async def memory(served: Served, address: str, problems: Any) -> dict[str, float
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--client", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.client:

@@ -12,6 +12,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the engine shares
 
 from tests.engine import Server
 
+ENGINES = {"fault", "loop", "radix"}
+"""Folders whose tests start engines."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker has all engines, so that there is one at a time."""
+    for item in items:
+        if item.path.parent.name in ENGINES:
+            item.add_marker(pytest.mark.xdist_group("engines"))
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:

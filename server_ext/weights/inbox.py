@@ -25,11 +25,13 @@ class Inbox:
         """Returns when the whole file is here. Raises FieldError if it has another size, and what
         the source raises: then the same manifest's next push goes on where this one stopped."""
         key = (manifest.version, manifest.digest, manifest.base_digest, manifest.file_bytes)
-        if key != self._key:
-            self.forget()
-        self._key, limit = key, manifest.file_bytes
+        limit = manifest.file_bytes
         with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            file.truncate(self._size)
+            if key != self._key:
+                self.forget()
+                file.truncate(0)
+                os.posix_fallocate(file.fileno(), 0, limit)  # a full disk shows now, not on the way
+                self._key = key
             file.seek(self._size)
             async for chunk in source(self._size):
                 if self._size + len(chunk) > limit:
