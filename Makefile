@@ -49,7 +49,8 @@ soak: setup
 	IBTPO_SOAK=1 $(PY) -m pytest tests/fault tests/learner/test_resume.py
 
 soak-weights: setup
-	IBTPO_SOAK=1 $(PY) -m pytest --timeout 3000 tests/server/test_weights_killed.py
+	IBTPO_SOAK=1 $(PY) -m pytest --timeout 3000 tests/server/test_weights_killed.py \
+	  tests/loop/test_weights_in_flight.py
 
 clean:
 	rm -rf .venv runs benchmarks/out
