@@ -48,13 +48,15 @@ class StreamTransport:
 class SharedFolderTransport:
     """Puts the file into the folder that the server knows as its --shared-dir, and says where."""
 
-    def __init__(self, client: Client, folder: Path) -> None:
-        self._client, self._folder = client, folder
+    def __init__(self, client: Client, folder: Path, name: str = "") -> None:
+        """`name` of its file, which no other pusher uses: one that was killed leaves it behind, and
+        its next run takes it again. Empty: a new name for each push."""
+        self._client, self._folder, self._name = client, folder, name
 
     def push(
         self, manifest: WeightManifest, path: Path, *, timeout_s: float, wait: bool = False
     ) -> PushOutcome:
-        name = f"push-{uuid.uuid4().hex}.safetensors"
+        name = f"push-{self._name or uuid.uuid4().hex}.safetensors"
         placed = self._folder / name
         try:
             with path.open("rb") as source, placed.open("wb") as target:

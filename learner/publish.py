@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -30,6 +31,7 @@ from learner.ranks import ALONE, Ranks
 from learner.shards import weights_of
 
 _log = logging.getLogger(__name__)
+_SETTLE_S = 10.0
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -63,7 +65,9 @@ class Publisher:
         self.dtype = _DTYPES[served.dtype]
         self._transport: Transport = StreamTransport(client)
         if shared_dir is not None:
-            self._transport = SharedFolderTransport(client, shared_dir)
+            run = hashlib.sha256(str(out_dir.resolve()).encode()).hexdigest()[:16]
+            self._transport = SharedFolderTransport(client, shared_dir, run)
+        self._shared_dir = shared_dir or out_dir
         self._base, self._delta = out_dir / "published.safetensors", out_dir / "publish.delta"
         self._served: WeightManifest | None = None
         """What the staged file's version serves as; from the next `stage` on, the base's."""
@@ -107,20 +111,20 @@ class Publisher:
         return self.pause_s
 
     def settle(self) -> None:
-        """Returns when no push is under way, whatever became of the last one."""
+        """Gives the push that is under way, if any, a little time; whatever becomes of it."""
+        pushing, self._pushing = self._pushing, None
         try:
-            self.wait()
+            if pushing:
+                pushing.result(_SETTLE_S)
         except Exception as error:
-            _log.warning("the last version was not published: %s", error)
+            _log.warning("the last version was not published: %r", error)
 
     def _push(self) -> float:
         """As a delta on the version pushed before it, if that is smaller and the server has it."""
         manifest, before, self._served = self._manifest, self._served, None
         outcome = self._push_delta(manifest, before) if before else None
         if outcome is None:
-            outcome = self._transport.push(
-                manifest, self.staged, timeout_s=self._patience_s, wait=True
-            )
+            outcome = self._sent(manifest, self.staged)
         self._served = manifest
         return outcome.pause_s
 
@@ -134,12 +138,16 @@ class Publisher:
             manifest, file_bytes=size, base_version=base.version, base_digest=base.digest
         )
         try:
-            return self._transport.push(delta, self._delta, timeout_s=self._patience_s, wait=True)
+            return self._sent(delta, self._delta)
         except RpcFailed as failed:
             if failed.code is grpc.StatusCode.FAILED_PRECONDITION and "base_version" in str(failed):
                 _log.info("pushing version %s whole: %s", manifest.version, failed.details)
                 return None
             raise
+
+    def _sent(self, manifest: WeightManifest, path: Path) -> PushOutcome:
+        with writing("the weights to publish", self._shared_dir):
+            return self._transport.push(manifest, path, timeout_s=self._patience_s, wait=True)
 
     def align(self, model: Any, state: TrainState) -> None:
         """After a start or a resume: stages this policy and makes the server serve it.
@@ -147,14 +155,23 @@ class Publisher:
         Nothing is pushed if it does. A server that is behind gets the version it missed; one that
         is elsewhere gets a version above all it has seen.
         """
-        served = self._client.get_weights(timeout_s=self._patience_s, wait=True)
         self.stage(model, state)
-        if served.version == state.version == 0:
-            return  # both are the model folder itself
-        if served.digest.hex() == state.version_digest:
-            state.version = served.version
-            self._served = replace(self._manifest, version=served.version)
-            return
-        state.version = max(served.version + 1, state.version)
-        self._manifest = replace(self._manifest, version=state.version)
-        self.push()
+        for last_attempt in (
+            False,
+            True,
+        ):  # a push of the run before may end at the server meanwhile
+            served = self._client.get_weights(timeout_s=self._patience_s, wait=True)
+            if served.version == state.version == 0:
+                return  # both are the model folder itself
+            if served.digest.hex() == state.version_digest:
+                state.version = served.version
+                self._served = replace(self._manifest, version=served.version)
+                return
+            state.version = max(served.version + 1, state.version)
+            self._manifest = replace(self._manifest, version=state.version)
+            try:
+                self.push()
+                return
+            except RpcFailed as failed:
+                if last_attempt or "not newer" not in failed.details:
+                    raise

@@ -27,7 +27,7 @@ class _WeightStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightSta
     DESCRIPTOR: _descriptor.EnumDescriptor
     WEIGHT_STATE_UNSPECIFIED: _WeightState.ValueType  # 0
     WEIGHT_STATE_ANNOUNCED: _WeightState.ValueType  # 1
-    """Its manifest was accepted."""
+    """Its manifest has come."""
     WEIGHT_STATE_RECEIVED: _WeightState.ValueType  # 2
     """All its bytes have arrived."""
     WEIGHT_STATE_VERIFIED: _WeightState.ValueType  # 3
@@ -45,7 +45,7 @@ class WeightState(_WeightState, metaclass=_WeightStateEnumTypeWrapper): ...
 
 WEIGHT_STATE_UNSPECIFIED: WeightState.ValueType  # 0
 WEIGHT_STATE_ANNOUNCED: WeightState.ValueType  # 1
-"""Its manifest was accepted."""
+"""Its manifest has come."""
 WEIGHT_STATE_RECEIVED: WeightState.ValueType  # 2
 """All its bytes have arrived."""
 WEIGHT_STATE_VERIFIED: WeightState.ValueType  # 3
@@ -394,7 +394,7 @@ class GetWeightsResponse(_message.Message):
     SHA-256. [32 bytes] Empty for version 0.
     """
     state: Global___WeightState.ValueType
-    """State of the version that was pushed last; SERVING when it is the served one."""
+    """State of the last push or rollback; SERVING when it is the served version."""
     model_id: _builtins.str
     """Identity of the model: a digest of its tensors' names and shapes and of its tokenizer."""
     dtype: _builtins.str

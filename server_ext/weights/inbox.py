@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ibtree.errors import FieldError
 from ibtree.weights import WeightManifest
 
+_GRACE_S = 0.05
 Source = Callable[[int], AsyncIterator[bytes]]
 """Brings a file: called with the first byte that is wanted, gives the rest in order, verified."""
 
@@ -25,13 +28,16 @@ class Inbox:
         """Returns when the whole file is here. Raises FieldError if it has another size, and what
         the source raises: then the same manifest's next push goes on where this one stopped."""
         key = (manifest.version, manifest.digest, manifest.base_digest, manifest.file_bytes)
-        limit = manifest.file_bytes
+        if key != self._key:
+            self.forget()
+        self._key, limit = key, manifest.file_bytes
         with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            if key != self._key:
-                self.forget()
-                file.truncate(0)
-                os.posix_fallocate(file.fileno(), 0, limit)  # a full disk shows now, not on the way
-                self._key = key
+            if not self._size:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, limit)
+                except OSError:
+                    self.forget()  # on a full disk it leaves what there was
+                    raise
             file.seek(self._size)
             async for chunk in source(self._size):
                 if self._size + len(chunk) > limit:
@@ -40,10 +46,13 @@ class Inbox:
                 file.write(chunk)  # 2 MiB into the page cache; a thread could outlive the push
                 self._size += len(chunk)
         if self._size != limit:
+            await asyncio.sleep(_GRACE_S)  # one that broke may look the same: it is cancelled here
             problem = f"the stream ended after {self._size} bytes"
             self.forget()
             raise FieldError("chunk", problem, f"{limit}")
 
     def forget(self) -> None:
         """The file was used, or is no good."""
+        with suppress(OSError):  # overwritten by the next push then
+            self._path.unlink(missing_ok=True)
         self._key, self._size = (), 0

@@ -138,11 +138,6 @@ class WeightUpdater:
         pause_s = await self._to_the_end(version, self._go_back(target, version))
         return RollbackOutcome(version, target.version, target.digest, pause_s)
 
-    async def settled(self) -> None:
-        """Returns when no push or rollback is under way, nor what follows one."""
-        async with self._lock:
-            pass
-
     async def _to_the_end(self, version: int, work: Coroutine[Any, Any, float]) -> float:
         """From here the version goes its way, whether the caller waits or not: half a version must
         not stay in the engine, nor the next push meet this one's file."""
@@ -170,7 +165,7 @@ class WeightUpdater:
 
     async def _take(self, manifest: WeightManifest) -> float:
         """From received to applied; returns the pause [s]."""
-        before = dict(self._host.specs)
+        before = self._engine_specs()
         try:
             # the disk writes while the processor hashes; neither may go on after the other failed
             verifying = asyncio.to_thread(self._verify, manifest)
@@ -190,7 +185,7 @@ class WeightUpdater:
 
     async def _go_back(self, target: StoredWeights, version: int) -> float:
         """From announced to applied; returns the pause [s]."""
-        before = dict(self._host.specs)
+        before = self._engine_specs()
         stored = replace(target, version=version, restored_version=target.version)
         try:
             await asyncio.to_thread(self._hold, target)
@@ -250,6 +245,10 @@ class WeightUpdater:
         files = self._store.keep(manifest.version, delta=delta)
         base = manifest.base_version if delta else None
         return StoredWeights(manifest.version, manifest.digest, size, 0.0, base, files=files)
+
+    def _engine_specs(self) -> dict[str, TensorSpec]:
+        """What the engine holds for certain: the host copy, unless a rejection left that behind."""
+        return dict(self._host.specs) if self._held == self.serving else {}
 
     def _changed(self, before: Mapping[str, TensorSpec]) -> list[str]:
         """What of the host copy the engine does not have yet; at least one tensor, with which it
