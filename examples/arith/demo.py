@@ -116,7 +116,7 @@ def sample_tree(target: str, problem: task.Problem) -> tuple[Tree, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=27, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=36, help="optimiser steps")
     parser.add_argument("--compare", action="store_true", help="also train GRPO")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
