@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from figures import show
 from packing_trees import flat_tokens, packed_tokens, synthetic_tree
-from rich.console import Console
-from rich.table import Table
 from shortage_model import make_model
 
 HERE = Path(__file__).parent
@@ -159,14 +158,7 @@ def main() -> None:
         name, figures = "packing_cuda", on_cuda()
     else:
         name, figures = "packing", on_cpu(arguments.pairs, arguments.threads)
-    table = Table(title="packed trees beside trajectory by trajectory")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for key, value in figures.items():
-        table.add_row(key, f"{value:.4g}")
-    Console().print(table)
-    OUT.mkdir(exist_ok=True)
-    (OUT / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
+    show("packed trees beside trajectory by trajectory", figures, OUT / f"{name}.json")
 
 
 if __name__ == "__main__":

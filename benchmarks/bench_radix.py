@@ -18,8 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
-from rich.table import Table
+from figures import show
 
 HERE = Path(__file__).parent
 OUT = HERE / "out" / "radix.json"
@@ -205,12 +204,7 @@ def main() -> None:
         if part.__name__ in wanted:
             part(figures)
             OUT.write_text(json.dumps(figures, indent=2) + "\n")
-    table = Table(title="radix backend `ibtree` beside SGLang's default cache")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.4g}")
-    Console().print(table)
+    show("radix backend `ibtree` beside SGLang's default cache", figures, OUT)
 
 
 if __name__ == "__main__":

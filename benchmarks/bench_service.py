@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from figures import show
 from forest_on import forest_on
 
 HERE = Path(__file__).parent
@@ -229,20 +230,8 @@ async def main() -> None:
             await served.stop()
         finally:
             served.engine.shutdown()
-    report(figures)
+    show("through gRPC, beside the grower called in process", figures, OUT)
     return None
-
-
-def report(figures: dict[str, float]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("figure", "value", title="through gRPC, beside the grower called in process")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.4g}")
-    Console().print(table)
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
 import statistics
@@ -23,8 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from figures import show
 from safetensors.torch import save_file
 from weights_load import engine_figures
 from weights_model import make_model, train
@@ -150,12 +148,7 @@ def main() -> None:
             figures |= stream_figures(folder / "stream", options.stream_mb)
         if "engine" in options.parts:
             figures |= engine_figures(folder / "engine", options.parameters, options.updates)
-    table = Table(title="weight updates", show_header=False)
-    for key, value in figures.items():
-        table.add_row(key, f"{value:.4g}")
-    Console().print(table)
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(figures, indent=2) + "\n")
+    show("weight updates", figures, OUT)
 
 
 if __name__ == "__main__":
