@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_radix import Arm
 from processes import MODEL, Process
 
-from benchmarks.bench_radix import Arm
 from server_ext.cpu import SERVER_ARGUMENTS
 
 STOCK = Path(__file__).parent / "stock"
