@@ -27,7 +27,7 @@ class Arm:
         torch.set_num_threads(threads)
         config = LearnerConfig(
             model=Path(model),
-            prompts=Path("none"),
+            prompts="none",
             forward=forward,
             micro_batch_tokens=micro_batch_tokens,
             kl_weight=0.0,

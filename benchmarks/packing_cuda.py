@@ -138,7 +138,7 @@ def on_cuda() -> dict[str, float]:
         raise SystemExit("--device cuda: no GPU here")
     config = LearnerConfig(
         model=Path("none"),
-        prompts=Path("none"),
+        prompts="none",
         kl_weight=0.0,
         temperature=1.0,
         lr=1e-9,
