@@ -22,7 +22,7 @@ from learner.attention import FlexTreeAttention
 from learner.batch import trained_trees
 from learner.config import LearnerConfig
 from learner.model import mend_torchvision
-from learner.pack import Pack, pack, padded, tree_pieces
+from learner.pack import Pack, drafts, pack, padded
 from learner.trainer import Trainer
 
 mend_torchvision()  # before anything imports transformers
@@ -121,7 +121,9 @@ def attention_times(tree: Tree, config: LearnerConfig) -> tuple[float, float]:
 
 
 def tree_pack(tree: Tree, config: LearnerConfig) -> Pack:
-    pieces = [piece for one in trained_trees([tree], config) for piece in tree_pieces(one, config)]
+    pieces = [
+        piece for one in trained_trees([tree], config) for piece in drafts(tree, config).pieces(one)
+    ]
     found = pack(pieces)
     return padded(found, -(-len(found.ids) // 128) * 128)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from ibtree.tree import Tree
 from ibtree.weights import Canary
 from learner.attention import SegmentAttention, installed
-from learner.math.packing import layout
 from learner.model import features
 
 _SCORED = 8
@@ -32,7 +31,6 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     if not installed(model):
         out: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
         return out
-    placed = layout([0], [len(ids)])
-    attention = SegmentAttention(placed.predecessor, placed.position)
-    position = placed.position.to(ids.device)
-    return model.get_output_embeddings()(features(model, ids, position, attention))  # type: ignore[no-any-return]
+    position = torch.arange(len(ids))
+    attention = SegmentAttention(position - 1, position)
+    return model.get_output_embeddings()(features(model, ids, position.to(ids.device), attention))  # type: ignore[no-any-return]

@@ -48,9 +48,10 @@ def prepare(model: Any) -> None:
 def _try_out(model: Any) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     placed = layout([0, 0, 0], [PROMPT, BRANCH, BRANCH])
-    attention = _Counted(placed.predecessor, placed.position)
-    ids = (torch.arange(len(placed.node)) * 7 % size).to(model.device)
-    position = placed.position.to(model.device)
+    predecessor, position = map(torch.from_numpy, (placed.predecessor, placed.position))
+    attention = _Counted(predecessor, position)
+    ids = (torch.arange(len(position)) * 7 % size).to(model.device)
+    position = position.to(model.device)
     rows = torch.stack([ids[: PROMPT + BRANCH], torch.cat([ids[:PROMPT], ids[-BRANCH:]])])
     want = model(input_ids=rows, use_cache=False).logits
     install(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,12 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ibtree.tree import Tree
 from learner.attention import BLOCK, FlexTreeAttention, SegmentAttention, TreeAttention
 from learner.batch import Rows, TrainedTree, pad, split_rows, tree_rows
 from learner.config import LearnerConfig
 from learner.fits import prepare
 from learner.model import checkpoint_activations, packed_logprobs, token_logprobs
-from learner.pack import Pack, packs, padded, tree_pieces
+from learner.pack import Drafts, Pack, drafts, packs, padded
 
 BUCKETS = 8
 """Lengths that packs on the GPU are padded to: FlexAttention is compiled for each."""
@@ -44,6 +46,10 @@ class Batch(Protocol):
 class Forward(Protocol):
     """Cuts trees into micro-batches and gives their tokens' log-probabilities under a model."""
 
+    def prepare(self, tree: Tree) -> None:
+        """Does what can be done before the tree's batch is complete; leaving it out is no fault."""
+        ...
+
     def batches(self, trees: Sequence[TrainedTree]) -> Iterator[Any]: ...
     def logprobs(self, model: Any, batch: Any) -> Tensor: ...
 
@@ -64,11 +70,16 @@ class PackedForward:
             # a method of the model: FSDP gathers its weights around methods alone
             model.packed_logprobs = partial(packed_logprobs, model)
         self._config, self._device = config, device
+        self._drafts: dict[int, Drafts] = {}
+
+    def prepare(self, tree: Tree) -> None:
+        self._drafts[id(tree)] = drafts(tree, self._config)
+        weakref.finalize(tree, self._drafts.pop, id(tree), None)
 
     def batches(self, trees: Sequence[TrainedTree]) -> Iterator[PackedBatch]:
         """Packs of at most `micro_batch_tokens` (one trajectory always fits)."""
         limit = self._config.micro_batch_tokens
-        pieces = [piece for tree in trees for piece in tree_pieces(tree, self._config)]
+        pieces = [piece for one in trees for piece in self._made(one.tree).pieces(one)]
         for pack in packs(pieces, limit):
             attention: TreeAttention
             if self._device.type == "cuda":
@@ -77,6 +88,9 @@ class PackedForward:
             else:
                 attention = SegmentAttention(pack.predecessor, pack.position)
             yield PackedBatch(**vars(pack), attention=attention)
+
+    def _made(self, tree: Tree) -> Drafts:
+        return self._drafts.get(id(tree)) or drafts(tree, self._config)
 
     def logprobs(self, model: Any, batch: PackedBatch) -> Tensor:
         """Of each token with a term in the loss, [T]."""
@@ -94,6 +108,9 @@ class TrajectoryForward:
 
     def __init__(self, config: LearnerConfig, device: torch.device) -> None:
         self._config, self._device = config, device
+
+    def prepare(self, tree: Tree) -> None:
+        """Rows are made batch by batch."""
 
     def batches(self, trees: Sequence[TrainedTree]) -> Iterator[Rows]:
         """Rows of at most `micro_batch_tokens` together, padding included (one always fits)."""

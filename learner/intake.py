@@ -36,8 +36,8 @@ class QueueDry(RuntimeError):
 class Intake:
     """Prompts in, leases out. What it holds (`state.leases`) is also written down at once, so that
     a run that is killed gives its trees back when it comes back, instead of waiting until the
-    leases run out. `flaw` says what is wrong with a tree, empty for a good one; when `stop` grows,
-    it waits no longer."""
+    leases run out. `flaw` says what is wrong with a tree, empty for a good one; `prepare` is told
+    of each good one as it comes; when `stop` grows, it waits no longer."""
 
     def __init__(
         self,
@@ -46,10 +46,11 @@ class Intake:
         config: LearnerConfig,
         state: TrainState,
         flaw: Callable[[Tree], str],
+        prepare: Callable[[Tree], None],
         stop: Sequence[int] = (),
     ) -> None:
         self._client, self._stream, self._config, self._state = client, stream, config, state
-        self._flaw, self._stop = flaw, stop
+        self._flaw, self._prepare, self._stop = flaw, prepare, stop
         self._options = options_from(config)
         self._ready: dict[int, TreeLease] = {}
         self._extended = time.monotonic()
@@ -182,6 +183,7 @@ class Intake:
             elif number is None:
                 self._refuse(one, "not of a prompt of this run")
             else:
+                self._prepare(one.tree)
                 self._ready[number] = one
 
     def _refuse(self, lease: TreeLease, problem: str) -> None:

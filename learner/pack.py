@@ -5,31 +5,65 @@ Shapes: N nodes of a tree, M tokens of a pack, T of them with a term in the loss
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ibtree.tree import Tree
+from ibtree.tree import Floats, Ints, Tree
 from learner.batch import TrainedTree, tree_advantages
 from learner.config import LearnerConfig
-from learner.math.packing import Layout, Part, cut, first_fit, layout, subtree_sums
+from learner.math.packing import (
+    Layout,
+    Part,
+    cut,
+    first_fit,
+    layout,
+    subtree_stops,
+    subtree_sums,
+)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One tree, or one part of it."""
+class Draft:
+    """One tree, or one part of it, before the batch is known that it is trained in."""
 
-    ids: Tensor
+    ids: Ints
     layout: Layout
-    target: Tensor
+    target: Ints
     """The tokens whose terms count here, ascending indices [T]; those after are of each, [T]."""
-    old_logp: Tensor
-    versions: Tensor
-    node: Tensor
-    advantage: Tensor
-    weight: Tensor
+    old_logp: Floats
+    versions: Ints
+    node: Ints
+    advantage: Floats
+
+
+@dataclass(frozen=True)
+class Piece(Draft):
+    """A draft in its batch, whose nodes are counted through."""
+
+    weight: Floats
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """All that can be made of a tree's packs before the batch is known: all but the weights."""
+
+    order: Ints
+    """The nodes in depth-first order, [N], and for each where those below it stop."""
+    stops: Ints
+    parts: list[Draft]
+
+    def pieces(self, trained: TrainedTree) -> list[Piece]:
+        weight_N = np.zeros(len(trained.tree))
+        weight_N[self.order] = subtree_sums(self.stops, trained.share_N.numpy()[self.order])
+        return [
+            Piece(**{**vars(part), "node": part.node + trained.first}, weight=weight_N[part.node])
+            for part in self.parts
+        ]
 
 
 @dataclass(frozen=True)
@@ -66,46 +100,43 @@ def depth_first(tree: Tree) -> list[int]:
     return order
 
 
-def tree_pieces(trained: TrainedTree, config: LearnerConfig) -> list[Piece]:
+def drafts(tree: Tree, config: LearnerConfig) -> Drafts:
     """The tree, in several parts if it has more than `micro_batch_tokens` unique tokens."""
-    tree = trained.tree
     order = depth_first(tree)
     at = {node: i for i, node in enumerate(order)}
     parents = [at[tree.parents[node]] for node in order]
     lengths = [len(tree.prompt), *(len(tree.steps[node].token_ids) for node in order[1:])]
-    weight_N = subtree_sums(parents, trained.share_N[order])
-    advantage_N = tree_advantages(tree, config)[order]
-    return [
-        _piece(tree, trained.first, order, parents, lengths, weight_N, advantage_N, part)
+    advantage_N = tree_advantages(tree, config).numpy()
+    parts = [
+        _draft(tree, order, parents, lengths, advantage_N, part)
         for part in cut(parents, lengths, config.micro_batch_tokens)
     ]
+    return Drafts(np.asarray(order), subtree_stops(parents), parts)
 
 
-def _piece(
+def _draft(
     tree: Tree,
-    first: int,
     order: Sequence[int],
     parents: Sequence[int],
     lengths: Sequence[int],
-    weight_N: Tensor,
-    advantage_N: Tensor,
+    advantage_N: Floats,
     part: Part,
-) -> Piece:
+) -> Draft:
     at = {n: i for i, n in enumerate(part.nodes)}
     placed = layout([at[parents[n]] for n in part.nodes], [lengths[n] for n in part.nodes])
-    target = torch.nonzero(placed.node >= part.repeated).squeeze(1)
-    node_T = torch.tensor(part.nodes)[placed.node[target]]
-    steps = [tree.steps[order[n]] for n in part.nodes[1:]]
-    counted = [tree.steps[order[n]] for n in part.nodes[part.repeated :]]
-    return Piece(
-        ids=torch.tensor([*tree.prompt, *(t for s in steps for t in s.token_ids)]),
+    nodes = [order[n] for n in part.nodes]
+    counted = [tree.steps[n] for n in nodes[part.repeated :]]
+    target = np.nonzero(placed.node >= part.repeated)[0]
+    node = np.asarray(nodes)[placed.node[target]]
+    above = [t for n in nodes[1:] for t in tree.steps[n].token_ids]
+    return Draft(
+        ids=np.asarray([*tree.prompt, *above]),
         layout=placed,
         target=target,
-        old_logp=torch.tensor([lp for s in counted for lp in s.logprobs], dtype=torch.float64),
-        versions=torch.tensor([v for s in counted for v in s.versions]),
-        node=first + torch.tensor(order)[node_T],
-        advantage=advantage_N[node_T],
-        weight=weight_N[node_T],
+        old_logp=np.asarray([lp for s in counted for lp in s.logprobs], float),
+        versions=np.asarray([v for s in counted for v in s.versions], int),
+        node=node,
+        advantage=advantage_N[node],
     )
 
 
@@ -117,24 +148,27 @@ def packs(pieces: Sequence[Piece], micro_batch_tokens: int) -> Iterator[Pack]:
 
 def pack(pieces: Sequence[Piece]) -> Pack:
     """These pieces in one sequence; none sees another."""
-    starts = torch.tensor([0, *(len(piece.ids) for piece in pieces)]).cumsum(0).tolist()
-    pairs = list(zip(pieces, starts[:-1], strict=True))
-    return Pack(
-        ids=torch.cat([piece.ids for piece in pieces]),
-        position=torch.cat([piece.layout.position for piece in pieces]),
-        predecessor=torch.cat([_moved(piece.layout.predecessor, start) for piece, start in pairs]),
-        last=torch.cat([piece.layout.last + start for piece, start in pairs]),
-        target=torch.cat([piece.target + start for piece, start in pairs]),
-        old_logp=torch.cat([piece.old_logp for piece in pieces]),
-        versions=torch.cat([piece.versions for piece in pieces]),
-        node=torch.cat([piece.node for piece in pieces]),
-        advantage=torch.cat([piece.advantage for piece in pieces]),
-        weight=torch.cat([piece.weight for piece in pieces]),
-    )
+    lengths = [len(piece.ids) for piece in pieces]
+    starts = np.cumsum([0, *lengths[:-1]])
+    moved = np.repeat(starts, lengths)
 
+    def joined(parts: Iterable[Ints | Floats]) -> Any:
+        return np.concatenate(list(parts))
 
-def _moved(predecessor: Tensor, start: int) -> Tensor:
-    return torch.where(predecessor < 0, predecessor, predecessor + start)
+    predecessor = joined(piece.layout.predecessor for piece in pieces)
+    columns = {
+        "ids": joined(piece.ids for piece in pieces),
+        "position": joined(piece.layout.position for piece in pieces),
+        "predecessor": np.where(predecessor < 0, predecessor, predecessor + moved),
+        "last": joined(piece.layout.last for piece in pieces) + moved,
+        "target": joined(p.target + start for p, start in zip(pieces, starts, strict=True)),
+        "old_logp": joined(piece.old_logp for piece in pieces),
+        "versions": joined(piece.versions for piece in pieces),
+        "node": joined(piece.node for piece in pieces),
+        "advantage": joined(piece.advantage for piece in pieces),
+        "weight": joined(piece.weight for piece in pieces),
+    }
+    return Pack(**{name: torch.from_numpy(column) for name, column in columns.items()})
 
 
 def padded(pack: Pack, tokens: int) -> Pack:

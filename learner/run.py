@@ -68,7 +68,7 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
         state = resume(checkpoints, trainer, config)
         stream = PromptStream(questions, config.seed, _run_id(config))
         usable = partial(flaw, model_id=publisher.model_id, vocab_size=policy.config.vocab_size)
-        intake = Intake(client, stream, config, state, usable, stop)
+        intake = Intake(client, stream, config, state, usable, trainer.prepare, stop)
         intake.give_back_from_before()
         publisher.align(policy, state)
         exports = Exports(config.model, config.out_dir, publisher.staged, publisher.dtype)

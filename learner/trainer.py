@@ -103,6 +103,12 @@ class Trainer:
             policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
         )
 
+    def prepare(self, tree: Tree) -> None:
+        """Packs a tree that is to be trained on ahead of its step, while others still grow; on
+        several ranks each packs its own share in the step."""
+        if self._ranks.size == 1:
+            self._forward.prepare(tree)
+
     def step(self, trees: list[Tree], version: int, updates: int = 0) -> StepFigures:
         """`optimizer_steps_per_batch` optimiser steps, each on all the trees with reward variance
         (all, if uniform trees are not skipped).

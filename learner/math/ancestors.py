@@ -1,16 +1,20 @@
 """Attention to ancestors only, without an M x M mask: segments for SDPA, blocks for FlexAttention.
 
-Shapes: M tokens in depth-first order; G groups of B segments with Q new tokens and K tokens of
+Shapes: M tokens in depth-first order; S segments, in groups of B with Q new tokens and K tokens of
 their paths, padded; n blocks of tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ibtree.tree import Ints
 
 LONGEST = 128
 """Most new tokens of a segment: of the scores among them nearly half are masked out."""
@@ -19,7 +23,7 @@ WASTE = 1.1
 
 
 class Group(NamedTuple):
-    """Segments that attend in one call; padding repeats a segment's first token."""
+    """Segments that attend in one call; padding repeats a segment's first query and last key."""
 
     query_BQ: Tensor
     key_BK: Tensor
@@ -31,32 +35,48 @@ def visible(last_M: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return (key <= query) & (query <= last_M[key])
 
 
-def segments(predecessor_M: Tensor, longest: int = LONGEST) -> list[range]:
+def segments(predecessor_M: Tensor, longest: int = LONGEST) -> Ints:
     """Runs of tokens that follow each other in the tree: each rollout's new tokens, in stretches
-    of at most `longest`."""
-    index = torch.arange(len(predecessor_M))
-    starts = index[(predecessor_M != index - 1) | (predecessor_M < 0)].tolist()
-    return [
-        range(a, min(a + longest, stop))
-        for start, stop in zip(starts, [*starts[1:], len(predecessor_M)], strict=True)
-        for a in range(start, stop, longest)
-    ]
+    of at most `longest`. The first token of each and the one after its last, int64 [S, 2]."""
+    index, before_M = np.arange(len(predecessor_M)), predecessor_M.numpy()
+    starts = np.nonzero((before_M != index - 1) | (before_M < 0))[0]
+    lengths = np.diff(starts, append=len(index))
+    stretches = -(-lengths // longest)
+    nth = np.arange(stretches.sum()) - np.repeat(np.cumsum(stretches) - stretches, stretches)
+    first_S = np.repeat(starts, stretches) + nth * longest
+    return np.stack([first_S, np.append(first_S[1:], len(index))], 1)
 
 
 def groups(predecessor_M: Tensor, position_M: Tensor) -> list[Group]:
     """All segments, those of like size together."""
-    runs = segments(predecessor_M)
-    paths = _paths(runs, predecessor_M, position_M)
-    order = sorted(range(len(runs)), key=lambda s: (len(paths[s]), len(runs[s])))
-    found: list[list[int]] = []
-    scores = widest = 0
-    for s in order:
-        scores, widest = scores + len(runs[s]) * len(paths[s]), max(widest, len(runs[s]))
-        if not found or (len(found[-1]) + 1) * widest * len(paths[s]) > WASTE * scores:
-            found.append([])
-            scores, widest = len(runs[s]) * len(paths[s]), len(runs[s])
-        found[-1].append(s)
-    return [_group([runs[s] for s in g], [paths[s] for s in g], position_M) for g in found]
+    runs_S2 = segments(predecessor_M)
+    path_SK = _paths(runs_S2[:, 1] - 1, predecessor_M.numpy(), position_M.numpy())
+    new_S = runs_S2[:, 1] - runs_S2[:, 0]
+    keys_S = position_M.numpy()[runs_S2[:, 1] - 1] + 1
+    order = np.lexsort((new_S, keys_S))
+    found: list[Group] = []
+    for low, high in pairwise(_borders(new_S[order].tolist(), keys_S[order].tolist())):
+        own = order[low:high]
+        queries, keys = int(new_S[own].max()), int(keys_S[own[-1]])
+        offset_BQ = np.arange(queries)[None, :] * np.ones_like(own)[:, None]
+        offset_BQ[offset_BQ >= new_S[own, None]] = 0
+        query_BQ = torch.from_numpy(runs_S2[own, :1] + offset_BQ)
+        # the keys of a path lie in the order of their positions, padding after the last
+        visible_BQK = torch.arange(keys) <= position_M[query_BQ][..., None]
+        found.append(Group(query_BQ, torch.from_numpy(path_SK[own, :keys]), visible_BQK))
+    return found
+
+
+def _borders(new: Sequence[int], keys: Sequence[int]) -> list[int]:
+    """Where each group of segments with so many new tokens and keys begins, and the end. Keys
+    ascend."""
+    borders, scores, widest = [0], 0, 0
+    for s, (queries, length) in enumerate(zip(new, keys, strict=True)):
+        scores, widest = scores + queries * length, max(widest, queries)
+        if s > borders[-1] and (s + 1 - borders[-1]) * widest * length > WASTE * scores:
+            borders.append(s)
+            scores, widest = queries * length, queries
+    return [*borders, len(new)]
 
 
 def rows_of(found: Sequence[Group], tokens: int) -> Tensor:
@@ -67,29 +87,14 @@ def rows_of(found: Sequence[Group], tokens: int) -> Tensor:
     return row_M.scatter_reduce_(0, query, torch.arange(len(query)), "amin", include_self=False)
 
 
-def _paths(runs: Sequence[range], predecessor_M: Tensor, position_M: Tensor) -> list[Tensor]:
-    """Of each segment, the tokens it attends to: from the prompt's first to its own last."""
-    run_M = torch.repeat_interleave(
-        torch.arange(len(runs)), torch.tensor([len(run) for run in runs])
-    ).tolist()
-    found: list[Tensor] = []
-    for run in runs:
-        before = int(predecessor_M[run.start])
-        own = torch.arange(run.start, run.stop)
-        above = found[run_M[before]][: int(position_M[before]) + 1] if before >= 0 else own[:0]
-        found.append(torch.cat([above, own]))
-    return found
-
-
-def _group(runs: Sequence[range], paths: Sequence[Tensor], position_M: Tensor) -> Group:
-    queries, keys = max(map(len, runs)), max(map(len, paths))
-    query_BQ = torch.stack(
-        [torch.tensor([*run, *[run.start] * (queries - len(run))]) for run in runs]
-    )
-    key_BK = torch.stack([torch.cat([p, p[:1].expand(keys - len(p))]) for p in paths])
-    # the keys of a path lie in the order of their positions, padding after the last
-    visible_BQK = torch.arange(keys) <= position_M[query_BQ][..., None]
-    return Group(query_BQ, key_BK, visible_BQK)
+def _paths(token_S: Ints, predecessor_M: Ints, position_M: Ints) -> Ints:
+    """The tokens from the prompt's first to each of these, by position, [S, K]; a shorter path is
+    padded with its last token."""
+    path_KS = np.empty((int(position_M[token_S].max()) + 1, len(token_S)), np.int64)
+    for k in range(len(path_KS) - 1, -1, -1):  # all paths a token up at once
+        path_KS[k] = token_S
+        token_S = np.where(position_M[token_S] == k, predecessor_M[token_S], token_S)
+    return np.ascontiguousarray(path_KS.T)
 
 
 def visible_blocks(last_M: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -10,58 +10,53 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from ibtree.tree import Floats, Ints
 
 
 class Layout(NamedTuple):
     """Of each token, int64 [M]."""
 
-    node: Tensor
-    predecessor: Tensor
+    node: Ints
+    predecessor: Ints
     """The token before it in the tree: there its log-probability is read. -1: none."""
-    position: Tensor
+    position: Ints
     """Its depth in tokens, prompt included."""
-    last: Tensor
+    last: Ints
     """The last token below it, itself if none is."""
 
 
 def layout(parents: Sequence[int], lengths: Sequence[int]) -> Layout:
     """Where the tokens of nodes with these lengths [tokens, at least 1] lie."""
-    starts: list[int] = []
-    stops: list[int] = []
-    depths: list[int] = []
-    for parent, length in zip(parents, lengths, strict=True):
-        start = stops[-1] if stops else 0
-        depths.append(depths[parent] + lengths[parent] if starts else 0)
-        starts.append(start)
-        stops.append(start + length)
-    ends = subtree_stops(parents, stops)
-    length_N, start_N = torch.tensor(lengths), torch.tensor(starts)
-    node = torch.repeat_interleave(torch.arange(len(lengths)), length_N)
-    index = torch.arange(stops[-1])
+    length_N, above_N = np.asarray(lengths), np.asarray(parents)
+    stop_N = np.cumsum(length_N)
+    start_N = stop_N - length_N
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + lengths[parent])
+    node = np.repeat(np.arange(len(length_N)), length_N)
+    index = np.arange(stop_N[-1])
     predecessor = index - 1
-    for n in range(1, len(parents)):
-        predecessor[starts[n]] = stops[parents[n]] - 1
-    position = torch.tensor(depths)[node] + index - start_N[node]
-    return Layout(node, predecessor, position, torch.tensor(ends)[node] - 1)
+    predecessor[start_N[1:]] = stop_N[above_N[1:]] - 1
+    position = index + (np.asarray(depths) - start_N)[node]
+    last = stop_N[subtree_stops(parents) - 1][node] - 1
+    return Layout(node, predecessor, position, last)
 
 
-def subtree_stops(parents: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """The largest of `stops` at or below each node."""
-    found = list(stops)
+def subtree_stops(parents: Sequence[int]) -> Ints:
+    """The index after the last node below each node, [N]."""
+    stops = list(range(1, len(parents) + 1))
     for n in range(len(parents) - 1, 0, -1):
-        found[parents[n]] = max(found[parents[n]], found[n])
-    return found
+        stops[parents[n]] = max(stops[parents[n]], stops[n])
+    return np.asarray(stops)
 
 
-def subtree_sums(parents: Sequence[int], value_N: Tensor) -> Tensor:
+def subtree_sums(stop_N: Ints, value_N: Floats) -> Floats:
     """Sum of the values at or below each node, [N]: w_t from the shares of the trajectories that
-    end at the nodes."""
-    found = value_N.tolist()
-    for n in range(len(parents) - 1, 0, -1):
-        found[parents[n]] += found[n]
-    return torch.tensor(found, dtype=value_N.dtype)
+    end at the nodes. A subtree is an interval up to its `subtree_stops`."""
+    before = np.concatenate([[0.0], np.cumsum(value_N)])
+    return np.asarray(before[stop_N] - before[:-1])
 
 
 class Part(NamedTuple):

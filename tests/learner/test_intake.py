@@ -25,12 +25,18 @@ def make(tmp_path, monkeypatch):
     """A function from a queue, a state and options to an Intake on the queue's clock."""
 
     def build(
-        queue: Queue, state: TrainState | None = None, flaw=lambda _: "", stop=(), **options
+        queue: Queue,
+        state: TrainState | None = None,
+        flaw=lambda _: "",
+        stop=(),
+        prepare=lambda _: None,
+        **options,
     ) -> Intake:
         monkeypatch.setattr("learner.intake.time", queue)
         chosen = config(**{"prompts_per_step": 3, "out_dir": tmp_path, "lease_s": 60.0, **options})
         stream = PromptStream(QUESTIONS, 0, "run")
-        return Intake(queue, stream, chosen, TrainState() if state is None else state, flaw, stop)
+        state = TrainState() if state is None else state
+        return Intake(queue, stream, chosen, state, flaw, prepare, stop)
 
     return build
 
@@ -223,10 +229,16 @@ def test_a_tree_that_can_not_be_trained_on_is_refused_and_the_loop_goes_on(make)
     the server gives it up; the others are trained on."""
     queue = Queue()
     queue.graded, queue.problems = ["other/1", "plain"], {"run/0": "tree.parents: not in order"}
-    intake = make(queue, flaw=lambda tree: "too odd" * (tree.tree_id == "run/4"))
+    prepared: set[str] = set()
+    intake = make(
+        queue,
+        flaw=lambda tree: "too odd" * (tree.tree_id == "run/4"),
+        prepare=lambda tree: prepared.add(tree.tree_id),
+    )
     intake.submit_ahead()
     first = intake.lease_step()
     assert ids(first) == ["run/1", "run/2"]
+    assert {"run/1", "run/2"} <= prepared <= {"run/1", "run/2", "run/3", "run/5"}
     assert intake.refused == {"other/1", "plain", "run/0", "run/4"}
     intake.settle(first)
     intake.ack()

@@ -174,6 +174,22 @@ def test_flex_attention_in_the_model_gives_the_same_log_probabilities(kind):
     assert torch.allclose(found, want, atol=1e-4)
 
 
+def test_trees_prepared_ahead_give_the_same_packs_and_are_forgotten_with_the_trees():
+    model = model_of("Qwen2", 1)
+    forward = PackedForward([model], config(micro_batch_tokens=100), CPU)
+    trees = all_shapes()
+    want = list(forward.batches(trained_trees(trees, config())))
+    for tree in trees[::2]:
+        forward.prepare(tree)
+    for found, one in zip(forward.batches(trained_trees(trees, config())), want, strict=True):
+        for name, column in vars(one).items():
+            assert name == "attention" or torch.equal(getattr(found, name), column)
+    made = forward._drafts
+    assert len(made) == len(trees[::2])
+    del trees, tree
+    assert not made
+
+
 @pytest.mark.parametrize("limit", [100, 1024, 16384, 100_000])
 def test_packs_have_few_lengths(limit):
     lengths = {bucket(tokens, limit) for tokens in range(1, limit + 1, 7)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 
 from ibtree.tree import Tree
 from learner.batch import trained_trees
 from learner.math.packing import first_fit
-from learner.pack import Pack, Piece, depth_first, pack, packs, padded, tree_pieces
+from learner.pack import Pack, Piece, depth_first, drafts, pack, packs, padded
 from tests.learner.tiny import config, flat_tree, rows_of, wild_tree
 
 SHAPES = [(1, 1, 0), (2, 3, 1), (6, 8, 3), (12, 20, 6), (45, 12, 25), (3, 60, 5)]
@@ -27,7 +28,7 @@ def tree_of(shape: tuple[int, int, int], seed: int = 0) -> Tree:
 
 def pieces_of(trees: list[Tree], **changes) -> list[Piece]:
     chosen = config(skip_uniform_trees=False, **changes)
-    return [p for tree in trained_trees(trees, chosen) for p in tree_pieces(tree, chosen)]
+    return [p for one in trained_trees(trees, chosen) for p in drafts(one.tree, chosen).pieces(one)]
 
 
 def path_of(one: Pack, token: int) -> list[int]:
@@ -100,7 +101,7 @@ def test_a_part_is_within_the_limit_or_a_single_trajectory(shape, limit):
     tree = tree_of(shape)
     pieces = pieces_of([tree], micro_batch_tokens=limit)
     for piece in pieces:
-        assert len(piece.ids) <= limit or bool((piece.layout.position.diff() == 1).all())
+        assert len(piece.ids) <= limit or bool((np.diff(piece.layout.position) == 1).all())
     if len(tree.prompt) + tree.unique_tokens <= limit:
         assert len(pieces) == 1
     repeated = sum(len(p.ids) for p in pieces) - tree.unique_tokens
