@@ -92,9 +92,9 @@ class Bench:
 
     def __init__(self, at_once: int) -> None:
         from ibtree.options import SamplingOptions, TreeOptions
-        from server_ext.engine import SglangEngine
         from server_ext.rewards.base import Graders
         from server_ext.rewards.exact import ExactGrader
+        from server_ext.sglang_engine import SglangEngine
         from server_ext.text import Tokenizer
 
         self.engine = SglangEngine(str(MODEL), "cpu", "float32", 600.0, [])

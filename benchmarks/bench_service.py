@@ -44,9 +44,9 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         from ibtree.options import SamplingOptions, TreeOptions
-        from server_ext.engine import SglangEngine
         from server_ext.rewards.base import Graders
         from server_ext.rewards.exact import ExactGrader
+        from server_ext.sglang_engine import SglangEngine
         from server_ext.text import Tokenizer
 
         self.engine = SglangEngine(str(MODEL), "cpu", "float32", 600.0, [])

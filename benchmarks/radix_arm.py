@@ -40,9 +40,9 @@ class Arm:
 
     def __init__(self, model: str, radix_cache: str, arguments: list[str]) -> None:
         from ibtree.options import SamplingOptions, TreeOptions
-        from server_ext.engine import SglangEngine
         from server_ext.rewards.base import Graders
         from server_ext.rewards.exact import ExactGrader
+        from server_ext.sglang_engine import SglangEngine
         from server_ext.text import Tokenizer
 
         self.engine = SglangEngine(model, "cpu", "float32", 600.0, arguments, radix_cache)

@@ -34,7 +34,6 @@ from ibtree.wire import tree_to_proto
 from ibtree.wire_calls import prompt_from_proto
 from server_ext.audit import Auditor
 from server_ext.config import ServerConfig
-from server_ext.engine import SglangEngine
 from server_ext.forest import Forest, check_job_names
 from server_ext.journal import Journal
 from server_ext.limits import Limits
@@ -54,6 +53,7 @@ from server_ext.services.health import Health, serve_health
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
+from server_ext.sglang_engine import SglangEngine
 from server_ext.text import Tokenizer
 from server_ext.web.metrics import Metrics, serve_metrics
 from server_ext.weights.store import WeightStore
