@@ -14,30 +14,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ibtree.errors import FieldError, PreconditionError
+from ibtree.errors import PreconditionError
 from ibtree.messages import PushOutcome, RollbackOutcome
 from ibtree.weights import Canary, TensorSpec, WeightManifest
 from server_ext.engine import Engine, MixedWeightsError
 from server_ext.weights.canary import check_canary, check_sizes
-from server_ext.weights.host import HostCopy
+from server_ext.weights.held import HeldVersion
 from server_ext.weights.inbox import Inbox, Source
-from server_ext.weights.manifest import (
-    check_digests,
-    check_file,
-    check_size,
-    check_tensors,
-    check_version,
-)
+from server_ext.weights.manifest import check_size, check_tensors, check_version
 from server_ext.weights.store import Serving, StoredWeights, WeightStore
-
-if TYPE_CHECKING:
-    import torch
 
 _log = logging.getLogger(__name__)
 
@@ -66,14 +57,12 @@ class WeightUpdater:
         model_id: str,
     ) -> None:
         """`specs`: the model folder's tensors (names and shapes); the dtype is the engine's."""
-        self._engine, self._store, self._model_dir = engine, store, model_dir
+        self._engine, self._store = engine, store
         self._specs, self.model_id = specs, model_id
         self._lock = asyncio.Lock()
         self._tidying: asyncio.Future[None] | None = None
         self._inbox = Inbox(store.staging)
-        self._host = HostCopy()
-        self._held: Serving | None = Serving()
-        """The version in the host copy; None: it may be a mix."""
+        self._held = HeldVersion(store, model_dir)
         self.serving = Serving()
         self.state = WeightState.SERVING
         self.pause_s = 0.0
@@ -94,9 +83,9 @@ class WeightUpdater:
     async def restore(self) -> None:
         """Serves the version that served before a restart. Raises FieldError if it is damaged."""
         if self._store.kept:
-            await asyncio.to_thread(self._hold, self._store.kept[-1])
+            await asyncio.to_thread(self._held.hold, self._store.kept[-1])
             async with self._engine.paused():
-                await self._engine.load(self._tensors(), self._store.serving().version)
+                await self._engine.load(self._held.served(), self._store.serving().version)
             self.serving = self._store.serving()
             _log.info("serving weight version %s again", self.serving.version)
 
@@ -165,10 +154,10 @@ class WeightUpdater:
 
     async def _take(self, manifest: WeightManifest) -> float:
         """From received to applied; returns the pause [s]."""
-        before = self._engine_specs()
+        before = self._held.specs_of(self.serving)
         try:
             # the disk writes while the processor hashes; neither may go on after the other failed
-            verifying = asyncio.to_thread(self._verify, manifest)
+            verifying = asyncio.to_thread(self._held.take, manifest)
             writing = asyncio.to_thread(self._store.sync_staging)
             for done in await asyncio.gather(verifying, writing, return_exceptions=True):
                 if isinstance(done, BaseException):
@@ -176,25 +165,25 @@ class WeightUpdater:
             self._enter(WeightState.VERIFIED, manifest.version)
             stored = await asyncio.to_thread(self._stage, manifest)
             self._enter(WeightState.STAGED, manifest.version)
-            return await self._apply(stored, self._changed(before), manifest.canary)
+            return await self._apply(stored, self._held.changed(before), manifest.canary)
         except Exception:
-            await asyncio.to_thread(self._hold_served)
+            await asyncio.to_thread(self._held.hold_served)
             raise
         finally:
             self._inbox.forget()
 
     async def _go_back(self, target: StoredWeights, version: int) -> float:
         """From announced to applied; returns the pause [s]."""
-        before = self._engine_specs()
+        before = self._held.specs_of(self.serving)
         stored = replace(target, version=version, restored_version=target.version)
         try:
-            await asyncio.to_thread(self._hold, target)
-            self._held = Serving(version, target.digest)
+            await asyncio.to_thread(self._held.hold, target)
+            self._held.version = Serving(version, target.digest)
             self._enter(WeightState.VERIFIED, version)
             self._enter(WeightState.STAGED, version)  # its files have been there all the time
-            return await self._apply(stored, self._changed(before), None)
+            return await self._apply(stored, self._held.changed(before), None)
         except Exception:
-            await asyncio.to_thread(self._hold_served)
+            await asyncio.to_thread(self._held.hold_served)
             raise
 
     def _enter(self, state: WeightState, version: int) -> None:
@@ -212,9 +201,9 @@ class WeightUpdater:
         check_version(manifest, self.serving)
         check_tensors(manifest, self._specs, self.dtype)
         if manifest.base_version is not None:
-            base = Serving(manifest.base_version, manifest.base_digest)
-            if not base.digest or not base == self.serving == self._held:
-                held = self._held if self._held and self._held.digest else None
+            base, held = Serving(manifest.base_version, manifest.base_digest), self._held.version
+            if not base.digest or not base == self.serving == held:
+                held = held if held and held.digest else None
                 has = f"version {held.version} ({held.digest.hex()[:12]}…)" if held else "none"
                 raise PreconditionError(
                     f"base_version: the delta builds on version {base.version} "
@@ -224,38 +213,15 @@ class WeightUpdater:
         if manifest.canary:
             check_sizes(manifest.canary, self._engine.context_tokens)
 
-    def _verify(self, manifest: WeightManifest) -> None:
-        """The host copy then holds the version. Raises FieldError unless it is as announced."""
-        path = self._store.staging
-        check_file(path, manifest)
-        self._held = None
-        if manifest.base_version is None:
-            self._host.load([path])
-        else:
-            self._host.add(path)
-        check_digests(self._host.specs, manifest)
-        self._held = Serving(manifest.version, manifest.digest)
-
     def _stage(self, manifest: WeightManifest) -> StoredWeights:
         """Makes the version durable."""
         delta = manifest.base_version is not None and self._store.takes_delta()
         if manifest.base_version is not None and not delta:
-            self._host.write(self._store.staging)
+            self._held.host.write(self._store.staging)
         size = self._store.staging.stat().st_size
         files = self._store.keep(manifest.version, delta=delta)
         base = manifest.base_version if delta else None
         return StoredWeights(manifest.version, manifest.digest, size, 0.0, base, files=files)
-
-    def _engine_specs(self) -> dict[str, TensorSpec]:
-        """What the engine holds for certain: the host copy, unless a rejection left that behind."""
-        return dict(self._host.specs) if self._held == self.serving else {}
-
-    def _changed(self, before: Mapping[str, TensorSpec]) -> list[str]:
-        """What of the host copy the engine does not have yet; at least one tensor, with which it
-        takes the version's number."""
-        specs = self._host.specs
-        changed = [name for name in specs if specs[name] != before.get(name)]
-        return changed or [min(specs, key=lambda name: (len(specs[name].shape), name))]
 
     async def _apply(
         self, stored: StoredWeights, changed: Iterable[str], canary: Canary | None
@@ -266,7 +232,7 @@ class WeightUpdater:
         async with self._engine.paused():
             begin = time.monotonic()
             try:
-                await self._engine.load(self._host.tensors(changed), stored.version)
+                await self._engine.load(self._held.host.tensors(changed), stored.version)
                 self._enter(WeightState.APPLIED, stored.version)
                 if canary:
                     await check_canary(self._engine, canary, stored.version)
@@ -286,47 +252,11 @@ class WeightUpdater:
         try:
             await asyncio.to_thread(self._store.put_back, kept)
             if kept:
-                await asyncio.to_thread(self._hold, kept[-1])
-            await self._engine.load(self._tensors(), self.serving.version)
+                await asyncio.to_thread(self._held.hold, kept[-1])
+            await self._engine.load(self._held.served(), self.serving.version)
         except Exception as error:
             self.broken.set()
             raise MixedWeightsError("the old weights could not be put back") from error
-
-    def _hold(self, stored: StoredWeights) -> None:
-        """The host copy then holds this version. Raises FieldError if its files are damaged."""
-        serving = Serving(stored.version, stored.digest)
-        if self._held == serving:
-            return
-        files = self._store.files(stored)
-        for path in files:
-            if not path.is_file():
-                raise FieldError("data_dir", f"{path} is missing", "put it back, or start anew")
-        self._held = None
-        self._host.load(files)
-        if self._host.digest != stored.digest:
-            raise FieldError("data_dir", f"{files[-1]} is damaged", "put it back, or start anew")
-        self._held = serving
-
-    def _hold_served(self) -> None:
-        """After a rejection; without a host copy deltas are refused until a whole version came."""
-        try:
-            if self._store.kept:
-                self._hold(self._store.kept[-1])
-            else:
-                self._host.clear()
-                self._held = Serving()
-        except Exception:
-            _log.exception("version %s is not in the host copy any more", self.serving.version)
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors of the served version."""
-        if self._store.kept:
-            yield from self._host.tensors(self._host.specs)
-            return
-        from safetensors.torch import load_file  # imports torch: not before it is needed
-
-        for path in sorted(self._model_dir.glob("*.safetensors")):
-            yield from load_file(path).items()
 
     def _target(self, version: int | None) -> StoredWeights:
         """What to roll back to. Raises PreconditionError."""

@@ -88,7 +88,7 @@ async def test_a_caller_cancelled_while_sending_changes_nothing(at_3):
 async def test_the_next_push_waits_for_the_threads_of_a_cancelled_one(at_3, call, monkeypatch):
     """They still read, or rename, the staged file that the next push begins to write."""
     running, go_on = threading.Event(), threading.Event()
-    owner, name = (at_3.updater, "_verify") if call == "verify" else (at_3.store, "keep")
+    owner, name = (at_3.updater._held, "take") if call == "verify" else (at_3.store, "keep")
     work = getattr(owner, name)
 
     def slow(*args, **options):
