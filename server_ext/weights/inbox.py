@@ -19,8 +19,10 @@ Source = Callable[[int], AsyncIterator[bytes]]
 class Inbox:
     """One push at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, spare: Path) -> None:
+        """`spare`: a file that may be written over instead of making `path` anew, if it is there
+        and of like size."""
+        self._path, self._spare = path, spare
         self._key: tuple[object, ...] = ()
         self._size = 0
 
@@ -31,13 +33,9 @@ class Inbox:
         if key != self._key:
             self.forget()
         self._key, limit = key, manifest.file_bytes
-        with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            if not self._size:
-                try:
-                    os.posix_fallocate(file.fileno(), 0, limit)
-                except OSError:
-                    self.forget()  # on a full disk it leaves what there was
-                    raise
+        if not self._size:
+            self._make_room(limit)
+        with self._path.open("r+b") as file:
             file.seek(self._size)
             async for chunk in source(self._size):
                 if self._size + len(chunk) > limit:
@@ -50,6 +48,18 @@ class Inbox:
             problem = f"the stream ended after {self._size} bytes"
             self.forget()
             raise FieldError("chunk", problem, f"{limit}")
+
+    def _make_room(self, size: int) -> None:
+        with suppress(FileNotFoundError):
+            if size / 2 <= self._spare.stat().st_size <= size * 2:
+                self._spare.replace(self._path)
+        try:
+            with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+                file.truncate(size)
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError:
+            self.forget()  # on a full disk it leaves what there was
+            raise
 
     def forget(self) -> None:
         """The file was used, or is no good."""

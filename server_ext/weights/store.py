@@ -1,6 +1,8 @@
 """The weight versions on disk: what is kept, which one serves.
 
     <dir>/staging.part                  a push in progress; removed when the store is opened
+    <dir>/spare.part                    the file of a dropped version: the next push writes over it,
+                                        which is faster than taking as much of the disk anew
     <dir>/<version>.safetensors         a verified version, whole
     <dir>/<version>.delta.safetensors   a verified version as a delta on its base
     <dir>/serving.json                  the kept versions, the last one serves: replaced atomically
@@ -22,6 +24,7 @@ from typing import Any
 from ibtree.errors import FieldError
 from ibtree.messages import KeptWeights
 
+_WHOLE, _DELTA = ".safetensors", ".delta.safetensors"
 _LONGEST_CHAIN = 8
 """Files of one version: a restart should read little more than its bytes."""
 
@@ -53,6 +56,7 @@ class WeightStore:
         self._dir.mkdir(parents=True, exist_ok=True)
         self.staging = self._dir / "staging.part"
         self.staging.unlink(missing_ok=True)
+        self.spare = self._dir / "spare.part"
         self._pointer = self._dir / "serving.json"
         self.kept = self._read()
         """Oldest first, the last one serves; empty if nothing did, or another model did."""
@@ -88,7 +92,7 @@ class WeightStore:
     def keep(self, version: int, *, delta: bool = False) -> tuple[str, ...]:
         """Makes the staged file durable; returns the files that give the version."""
         self.sync_staging()
-        name = f"{version}.delta.safetensors" if delta else f"{version}.safetensors"
+        name = f"{version}{_DELTA if delta else _WHOLE}"
         self.staging.rename(self._dir / name)
         self._sync()
         return (*self.kept[-1].files, name) if delta else (name,)
@@ -98,12 +102,16 @@ class WeightStore:
         self._point_at((*self.kept, version)[-self._keep :])
 
     def drop(self) -> None:
-        """Removes the files that no kept version needs. Takes long for large ones."""
+        """Removes the files that no kept version needs, but for one whole one, the spare. Takes
+        long for large ones."""
         needed = {name for one in self.kept for name in one.files}
         for path in self._dir.glob("*.safetensors"):
             if path.name.partition(".")[0].isdecimal() and path.name not in needed:
                 with suppress(OSError):  # what cannot be dropped now is dropped the next time
-                    path.unlink()
+                    if path.name.endswith(_DELTA):
+                        path.unlink()
+                    else:
+                        path.replace(self.spare)
 
     def put_back(self, kept: tuple[StoredWeights, ...]) -> None:
         """Undoes a `serve` that failed half-way: `kept` as it was before."""

@@ -61,7 +61,7 @@ class WeightUpdater:
         self._specs, self.model_id = specs, model_id
         self._lock = asyncio.Lock()
         self._tidying: asyncio.Future[None] | None = None
-        self._inbox = Inbox(store.staging)
+        self._inbox = Inbox(store.staging, store.spare)
         self._held = HeldVersion(store, model_dir)
         self.serving = Serving()
         self.state = WeightState.SERVING

@@ -69,7 +69,8 @@ def test_some_versions_are_kept_and_older_ones_are_dropped(store):
     for version in (1, 2, 5, 9, 11):
         put(store, version)
     assert versions(store) == versions(reopened(store)) == [5, 9, 11]
-    assert files(store) == {*(f"{n}.safetensors" for n in (5, 9, 11)), "serving.json"}
+    left = {*(f"{n}.safetensors" for n in (5, 9, 11)), "serving.json", "spare.part"}
+    assert files(store) == files(reopened(store)) == left
 
 
 def test_what_deltas_build_on_stays_as_long_as_they_do(store):
@@ -82,7 +83,7 @@ def test_what_deltas_build_on_stays_as_long_as_they_do(store):
     assert files(store) == {*chain, "serving.json"}
     for version in (6, 7, 8):
         put(store, version)
-    assert files(store) == {*(f"{n}.safetensors" for n in (6, 7, 8)), "serving.json"}
+    assert files(store) == {*(f"{n}.safetensors" for n in (6, 7, 8)), "serving.json", "spare.part"}
 
 
 def test_chains_do_not_grow_for_ever(store):
@@ -101,7 +102,7 @@ def test_the_served_version_is_never_dropped(store, others):
         put(store, version, serve=False)
     put(store, 2)
     assert reopened(store).serving() == Serving(2, DIGEST)
-    assert files(store) == {"2.safetensors", "serving.json"}
+    assert files(store) == {"2.safetensors", "serving.json", "spare.part"}
 
 
 def test_a_foreign_file_stays_and_does_not_stop_it(store):
@@ -131,7 +132,8 @@ class Fuse:
 
     def __init__(self, monkeypatch, at: int, error: type[BaseException]) -> None:
         self.calls, self.at, self.error = 0, at, error
-        for owner, name in [(os, "fsync"), (Path, "rename"), (Path, "unlink"), (json, "dump")]:
+        calls = [(Path, name) for name in ("rename", "replace", "unlink")]
+        for owner, name in [*calls, (os, "fsync"), (json, "dump")]:
             monkeypatch.setattr(owner, name, self.wrapped(getattr(owner, name)))
 
     def wrapped(self, call):
