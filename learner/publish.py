@@ -156,10 +156,7 @@ class Publisher:
         is elsewhere gets a version above all it has seen.
         """
         self.stage(model, state)
-        for last_attempt in (
-            False,
-            True,
-        ):  # a push of the run before may end at the server meanwhile
+        for last_attempt in (False, True):  # the run before may still be pushing
             served = self._client.get_weights(timeout_s=self._patience_s, wait=True)
             if served.version == state.version == 0:
                 return  # both are the model folder itself

@@ -66,7 +66,8 @@ class WeightsServiceServicer:
         FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
         version, a tensor that the model lacks or that has another shape or dtype, a canary that does
         not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
-        broke, or the engine did not take the version; push it again.
+        broke, or the engine did not take the version; push it again. RESOURCE_EXHAUSTED: the server's
+        disk is full; nothing was taken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,7 +43,8 @@ class WeightsServiceStub:
     FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
     version, a tensor that the model lacks or that has another shape or dtype, a canary that does
     not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
-    broke, or the engine did not take the version; push it again.
+    broke, or the engine did not take the version; push it again. RESOURCE_EXHAUSTED: the server's
+    disk is full; nothing was taken.
     """
     GetWeights: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]
     """What is served and what is kept, and how the last push fared."""
@@ -67,7 +68,8 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
     version, a tensor that the model lacks or that has another shape or dtype, a canary that does
     not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
-    broke, or the engine did not take the version; push it again.
+    broke, or the engine did not take the version; push it again. RESOURCE_EXHAUSTED: the server's
+    disk is full; nothing was taken.
     """
     GetWeights: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]  # type: ignore[assignment]
     """What is served and what is kept, and how the last push fared."""
@@ -94,7 +96,8 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
         version, a tensor that the model lacks or that has another shape or dtype, a canary that does
         not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
-        broke, or the engine did not take the version; push it again.
+        broke, or the engine did not take the version; push it again. RESOURCE_EXHAUSTED: the server's
+        disk is full; nothing was taken.
         """
 
     @_abc_1.abstractmethod

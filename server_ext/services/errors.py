@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any
 
@@ -36,6 +37,8 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     NoReplyError: grpc.StatusCode.UNAVAILABLE,
 }
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def _short(text: str) -> str:
     """Details travel as metadata, whose size gRPC limits; input may be quoted in them."""
@@ -64,6 +67,9 @@ class reported:
         for known, code in _CODES.items():
             if isinstance(error, known):
                 await self._context.abort(code, _short(str(error)), _hint(error))
+        if isinstance(error, OSError) and error.errno in _FULL:
+            problem = f"the server's disk is full ({error}); nothing was taken"
+            await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _short(problem))
         _log.error("a call failed", exc_info=error)
         await self._context.abort(
             grpc.StatusCode.INTERNAL, _short(f"{type(error).__name__}: {error}")

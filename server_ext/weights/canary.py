@@ -6,9 +6,11 @@ import asyncio
 
 from ibtree.errors import FieldError, PreconditionError
 from ibtree.weights import Canary
-from server_ext.engine import Engine
+from server_ext.engine import Engine, EngineError
 
 _MOST_TOKENS = 32
+_DEADLINE_S = 60.0
+"""No rollout runs meanwhile."""
 
 
 class CanaryError(PreconditionError):
@@ -31,12 +33,17 @@ def check_sizes(canary: Canary, context_tokens: int) -> None:
 async def check_canary(engine: Engine, canary: Canary, version: int) -> None:
     """Inside `engine.paused`, after the load. Raises CanaryError or EngineError."""
     first = len(canary.token_ids) - len(canary.logprobs)
-    scored = await asyncio.gather(
-        *(
-            engine.try_out(canary.token_ids[:at], canary.token_ids[at])
-            for at in range(first, len(canary.token_ids))
-        )
-    )
+    try:
+        async with asyncio.timeout(_DEADLINE_S):
+            scored = await asyncio.gather(
+                *(
+                    engine.try_out(canary.token_ids[:at], canary.token_ids[at])
+                    for at in range(first, len(canary.token_ids))
+                )
+            )
+    except TimeoutError as error:
+        problem = f"canary: version {version} was not scored within {_DEADLINE_S:g} s"
+        raise EngineError(problem) from error
     for at, (mine, theirs) in enumerate(zip(scored, canary.logprobs, strict=True), start=first):
         # not a number is no agreement
         if not abs(mine - theirs) <= canary.tolerance:

@@ -170,9 +170,7 @@ def test_deltas_go_on_from_what_the_server_serves_already(publisher, model):
 def test_a_server_that_lost_the_base_gets_the_whole_version(publisher, model, caplog):
     caplog.set_level("INFO")
     published(publisher, model, 1, 2)
-    publisher.updater._held.version = (
-        None  # as after an update that failed and could not be read again
-    )
+    publisher.updater._held.version = None  # an update failed, and the old one can not be read
     published(publisher, model, 3)
     assert "pushing version 3 whole: base_version" in caplog.text
     published(publisher, model, 4)

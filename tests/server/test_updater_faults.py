@@ -8,12 +8,14 @@ from contextlib import suppress
 
 import pytest
 
+from ibtree.errors import FieldError
 from server_ext.engine import DrainTimeout, EngineError, MixedWeightsError
+from server_ext.weights.held import HeldVersion
 from server_ext.weights.store import Serving
 from server_ext.weights.updater import WeightState
 from tests.server.fakes import until
 from tests.server.test_updater import LIFE, watched
-from tests.server.versions import Served, version_of
+from tests.server.versions import Served, moved, tensors, version_of
 
 
 @pytest.fixture
@@ -40,6 +42,35 @@ async def test_an_update_that_fails_half_way_puts_the_old_version_back(served, s
     served.check(start)
     await served.push(4)
     served.check(4)
+
+
+async def test_what_a_rejected_version_left_in_the_host_copy_is_no_base(at_3, monkeypatch):
+    """It could not be kept, and the served one not be read again: the next version shares tensors
+    with it, which the engine does not have."""
+
+    def unreadable(*_: object, **__: object) -> None:
+        raise OSError("unreadable")
+
+    fourth = tensors(4)
+    with monkeypatch.context() as patched:
+        patched.setattr(at_3.store, "keep", unreadable)
+        patched.setattr(HeldVersion, "hold", unreadable)
+        with pytest.raises(OSError, match="unreadable"):
+            await at_3.push(4, fourth)
+    at_3.check(3)
+    fifth = moved(fourth, 5, "model.c")
+    await at_3.push(5, fifth)
+    at_3.check(5, fifth)
+
+
+async def test_a_refused_file_does_not_stay(at_3):
+    before, version = at_3.files(), version_of(at_3.folder, 4)
+    damaged = bytearray(version.path.read_bytes())
+    damaged[-1] ^= 1
+    version.path.write_bytes(damaged)
+    with pytest.raises(FieldError, match="wrong digest"):
+        await at_3.updater.push(version.manifest, version.source())
+    assert at_3.files() == before
 
 
 async def test_failing_again_sets_broken_and_a_restart_heals(at_3):

@@ -67,6 +67,21 @@ async def test_what_does_not_is_taken_back_and_named(at_3, off, caplog):
     at_3.check(4)
 
 
+async def test_an_engine_that_does_not_answer(at_3, monkeypatch):
+    async def never(self, prefix, token) -> float:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr("server_ext.weights.canary._DEADLINE_S", 0.05)
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeEngine, "try_out", never)
+        with pytest.raises(EngineError, match=r"version 4 was not scored within 0\.05 s"):
+            await push(at_3, canaried(version_of(at_3.folder, 4)))
+    at_3.check(3)
+    await push(at_3, canaried(version_of(at_3.folder, 4)))
+    at_3.check(4)
+
+
 async def test_a_server_that_computes_not_a_number(at_3, monkeypatch):
     monkeypatch.setattr(FakeEngine, "try_out", answer(math.nan))
     with pytest.raises(CanaryError, match="nan"):
