@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ibtree.tree import Tree
-from learner.batch import TrainedTree, trained_trees
+from learner.batch import TrainedTree, is_uniform, trained_trees
 from learner.config import LearnerConfig
 from learner.forward import Batch, forward_of
 from learner.math.loss import token_objective, truncated_importance, weighted_loss
@@ -106,7 +106,8 @@ class Trainer:
     def prepare(self, tree: Tree) -> None:
         """Packs a tree that is to be trained on ahead of its step, while others still grow; on
         several ranks each packs its own share in the step."""
-        if self._ranks.size == 1:
+        skipped = self._config.skip_uniform_trees and is_uniform(tree)
+        if self._ranks.size == 1 and not skipped:
             self._forward.prepare(tree)
 
     def step(self, trees: list[Tree], version: int, updates: int = 0) -> StepFigures:

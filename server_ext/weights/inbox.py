@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ibtree.errors import FieldError
 from ibtree.weights import WeightManifest
@@ -30,7 +31,7 @@ class Inbox:
         """Returns when the whole file is here. Raises FieldError if it has another size, and what
         the source raises: then the same manifest's next push goes on where this one stopped."""
         key = (manifest.version, manifest.digest, manifest.base_digest, manifest.file_bytes)
-        if key != self._key:
+        if key != self._key or not self._path.is_file():
             self.forget()
         self._key, limit = key, manifest.file_bytes
         if not self._size:
@@ -41,8 +42,7 @@ class Inbox:
                 if self._size + len(chunk) > limit:
                     self.forget()
                     raise FieldError("chunk", f"more than {limit} bytes", "the announced size")
-                file.write(chunk)  # 2 MiB into the page cache; a thread could outlive the push
-                self._size += len(chunk)
+                self._add(file, chunk)
         if self._size != limit:
             await asyncio.sleep(_GRACE_S)  # one that broke may look the same: it is cancelled here
             problem = f"the stream ended after {self._size} bytes"
@@ -54,12 +54,28 @@ class Inbox:
             if size / 2 <= self._spare.stat().st_size <= size * 2:
                 self._spare.replace(self._path)
         try:
-            with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-                file.truncate(size)
-                os.posix_fallocate(file.fileno(), 0, size)
+            self._allocate(size)
         except OSError:
-            self.forget()  # on a full disk it leaves what there was
+            self._spare.unlink(missing_ok=True)
+            try:
+                self._allocate(size)
+            except OSError:
+                self.forget()  # on a full disk it leaves what there was
+                raise
+
+    def _allocate(self, size: int) -> None:
+        with os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+            file.truncate(size)
+            os.posix_fallocate(file.fileno(), 0, size)
+
+    def _add(self, file: BinaryIO, chunk: bytes) -> None:
+        try:
+            file.write(chunk)  # 2 MiB into the page cache; a thread could outlive the push
+            file.flush()
+        except OSError:  # unlike the source's, which leave what is here
+            self.forget()
             raise
+        self._size += len(chunk)
 
     def forget(self) -> None:
         """The file was used, or is no good."""

@@ -108,8 +108,8 @@ class WeightStore:
         for path in self._dir.glob("*.safetensors"):
             if path.name.partition(".")[0].isdecimal() and path.name not in needed:
                 with suppress(OSError):  # what cannot be dropped now is dropped the next time
-                    if path.name.endswith(_DELTA):
-                        path.unlink()
+                    if path.name.endswith(_DELTA) or path.is_symlink() or path.stat().st_nlink > 1:
+                        path.unlink()  # a backup may share the file: it must not be written over
                     else:
                         path.replace(self.spare)
 

@@ -143,7 +143,7 @@ class WeightUpdater:
         async def tidied() -> None:
             try:
                 await asyncio.wait({finishing})
-                if not (finishing.cancelled() or finishing.exception()):
+                if not (finishing.cancelled() or self.broken.is_set()):
                     await asyncio.to_thread(self._store.drop)  # large files take their time
             finally:
                 self._lock.release()
@@ -217,6 +217,7 @@ class WeightUpdater:
         """Makes the version durable."""
         delta = manifest.base_version is not None and self._store.takes_delta()
         if manifest.base_version is not None and not delta:
+            self._store.spare.unlink(missing_ok=True)  # the disk may have no room for both
             self._held.host.write(self._store.staging)
         size = self._store.staging.stat().st_size
         files = self._store.keep(manifest.version, delta=delta)

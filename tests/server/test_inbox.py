@@ -83,15 +83,58 @@ async def test_a_broken_push_goes_on_in_the_file_it_began(tmp_path):
     assert (tmp_path / "part").read_bytes() == version.path.read_bytes()
 
 
+async def test_a_file_that_vanished_is_begun_anew(tmp_path):
+    version = version_of(tmp_path, 1)
+    inbox = Inbox(tmp_path / "part", tmp_path / "spare")
+
+    async def broken(start: int):
+        yield version.path.read_bytes()[:100]
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        await inbox.receive(version.manifest, broken)
+    (tmp_path / "part").unlink()
+    await inbox.receive(version.manifest, version.source())
+    assert (tmp_path / "part").read_bytes() == version.path.read_bytes()
+
+
+def full_unless(free, monkeypatch) -> None:
+    """Room on the disk is refused until `free()`."""
+    allocate = os.posix_fallocate
+
+    def checked(*arguments: int) -> None:
+        if not free():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", checked)
+
+
+async def test_a_spare_is_given_up_where_the_disk_is_short(served, spare, monkeypatch):
+    version = version_of(served.folder, 1)
+    spare.write_bytes(b"x" * 10 * version.manifest.file_bytes)
+    full_unless(lambda: not spare.exists(), monkeypatch)
+    await served.updater.push(version.manifest, version.source())
+    served.check(1)
+
+
+async def test_a_disk_that_fills_up_on_the_way_leaves_no_file(served, monkeypatch):
+    """As where files that are written over take new blocks."""
+    version = version_of(served.folder, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Inbox, "_allocate", lambda self, _: self._path.symlink_to("/dev/full"))
+        with pytest.raises(OSError, match="No space left"):
+            await served.updater.push(version.manifest, version.source())
+    assert served.files() == set()
+    await served.updater.push(version.manifest, version.source())
+    served.check(1)
+
+
 async def test_a_full_disk_is_told_and_the_next_push_works(tmp_path, monkeypatch):
     async with Site(tmp_path) as site:
         version = version_of(tmp_path, 1)
-
-        def full(*_: object) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
         with monkeypatch.context() as patched:
-            patched.setattr(os, "posix_fallocate", full)
+            full_unless(lambda: False, patched)
             with pytest.raises(RpcFailed, match="disk is full") as failed:
                 await site.client.push_weights(version.manifest, version.path)
         assert failed.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED

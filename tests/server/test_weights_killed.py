@@ -57,9 +57,11 @@ def started(module: str, *words: str) -> Iterator[Child]:
 
 
 async def served_before(folder: Path) -> Version:
-    """A folder in which version 3 served, a delta on version 2."""
+    """A folder in which version 3 served, a delta on version 2, with a spare file to write over."""
     served = Served(folder)
-    return await served.push_delta(await served.push(2), 3)
+    version = await served.push_delta(await served.push(2), 3)
+    served.store.spare.write_bytes(b"x" * version.whole.stat().st_size)
+    return version
 
 
 def serves(said: dict[str, Any], version: Version) -> str:
@@ -124,10 +126,9 @@ async def test_the_learner_killed_while_it_sends(tmp_path, monkeypatch):
         first, second = version_of(tmp_path, 3), version_of(tmp_path, 4)
         await site.client.push_weights(first.manifest, first.path)
         for kill in range(KILLS):
-            words = [site.target, str(second.path), "4", str(65536)]
+            words = [site.target, str(second.path), "4", "65536", str(5 + 7 * kill % 50)]
             with started("weights_pusher", *words) as pusher:
-                for _ in range(5 + 7 * kill):
-                    await asyncio.to_thread(pusher.said)
+                await asyncio.to_thread(pusher.said)
                 pusher.kill()
             async with asyncio.timeout(20):
                 while (await site.client.get_weights()).state != "rejected":

@@ -11,7 +11,7 @@ import pytest
 
 from ibtree.errors import FieldError
 from server_ext.weights.store import Serving, StoredWeights, WeightStore
-from tests.server.versions import MODEL_ID, version_of
+from tests.server.versions import MODEL_ID, Served, Version, version_of
 
 DIGEST = bytes(range(32))
 
@@ -112,6 +112,21 @@ def test_a_foreign_file_stays_and_does_not_stop_it(store):
     assert "backup.safetensors" in files(store)
 
 
+@pytest.mark.parametrize("link", ["hard", "symbolic"])
+def test_a_file_that_somebody_else_has_too_is_never_written_over(store, tmp_path, link):
+    put(store, 1)
+    stored, backup = store.files(store.kept[0])[0], tmp_path / "backup"
+    if link == "hard":
+        backup.hardlink_to(stored)
+    else:
+        stored.rename(backup)
+        stored.symlink_to(backup)
+    for version in (2, 3, 4):
+        put(store, version)
+    assert not stored.exists() and not store.spare.exists()
+    assert backup.read_bytes() == b"version 1"
+
+
 def test_going_back_to_what_was_kept_before(store):
     for version in (1, 2):
         put(store, version)
@@ -148,15 +163,13 @@ class Fuse:
         return burn
 
 
-DISK_CALLS = 11  # one to begin, four to keep a version, four to serve it, two to tidy up
+DISK_CALLS = 12  # two to begin, four to keep a version, four to serve it, two to tidy up
 
 
 @pytest.mark.parametrize("at", range(DISK_CALLS + 1))
 async def test_a_crash_anywhere_leaves_exactly_the_old_or_the_new_version(served, at, monkeypatch):
-    """In a whole push; the new process then takes the push again."""
-    for number in (1, 2):
-        await served.push(number)
-    version = version_of(served.folder, 3)
+    """In a whole push over the file of a dropped one; the new process then takes it again."""
+    version = await with_a_spare(served)
     with monkeypatch.context() as patched:
         fuse = Fuse(patched, at, Crash)
         with suppress(Crash):
@@ -166,27 +179,34 @@ async def test_a_crash_anywhere_leaves_exactly_the_old_or_the_new_version(served
                 await served.updater._tidying
         assert fuse.calls == min(at + 1, DISK_CALLS)
     await served.restart()
-    assert served.updater.serving.version == (2 if at <= 7 else 3)
+    assert served.updater.serving.version == (3 if at <= 8 else 4)
     served.check(served.updater.serving.version)
     await served.updater.push(version.manifest, version.source())
-    served.check(3)
+    served.check(4)
     await served.restart()
-    served.check(3)
+    served.check(4)
+
+
+async def with_a_spare(served: Served) -> Version:
+    """Version 3 serves, 1 was dropped; returns version 4."""
+    for number in (1, 2, 3):
+        await served.push(number)
+    await served.updater._tidying
+    assert served.store.spare.exists()
+    return version_of(served.folder, 4)
 
 
 @pytest.mark.parametrize("at", range(DISK_CALLS))
 async def test_a_failing_disk_call_leaves_engine_and_disk_of_one_mind(served, at, monkeypatch):
     """The process lives on; whatever it says it serves is what a restart serves."""
-    for number in (1, 2):
-        await served.push(number)
-    version = version_of(served.folder, 3)
+    version = await with_a_spare(served)
     with monkeypatch.context() as patched:
         Fuse(patched, at, OSError)
         with suppress(OSError):
             await served.updater.push(version.manifest, version.source())
     number = served.updater.serving.version
     served.check(number)
-    assert served.updater.state == ("serving" if number == 3 else "rejected")
+    assert served.updater.state == ("serving" if number == 4 else "rejected")
     await served.restart()
     served.check(number)
 

@@ -1,13 +1,15 @@
-"""Run as a process: pushes one version, a chunk at a time.
+"""Run as a process: pushes one version, and stops on the way to be killed.
 
-    python -m tests.server.weights_pusher TARGET FILE VERSION CHUNK_BYTES
+    python -m tests.server.weights_pusher TARGET FILE VERSION CHUNK_BYTES CHUNKS
 
-Says so before each chunk.
+Says so after so many chunks, and sends no more.
 """
 
 from __future__ import annotations
 
 import sys
+import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,14 @@ _push_chunks = wire_calls.push_chunks
 
 
 def said(path: Path, start: int) -> Any:
-    for request in _push_chunks(path, start):
-        print(request.chunk.offset, flush=True)
-        yield request
+    yield from islice(_push_chunks(path, start), chunks)
+    print(chunks, flush=True)
+    time.sleep(600)
 
 
 if __name__ == "__main__":
-    target, file, version, chunk_bytes = sys.argv[1:]
+    target, file, version, chunk_bytes, number = sys.argv[1:]
+    chunks = int(number)
     wire_calls.SENT_BYTES = int(chunk_bytes)  # type: ignore[misc]
     weight_push.push_chunks = said
     with Client(target, timeout_s=20) as client:
