@@ -31,6 +31,8 @@ from server_ext.weights.manifest import check_size, check_tensors, check_version
 from server_ext.weights.store import Serving, StoredWeights, WeightStore
 
 _log = logging.getLogger(__name__)
+_PUT_BACK_S = 600.0
+"""An engine that takes longer does not answer any more: the process ends and starts anew."""
 
 
 class WeightState(StrEnum):
@@ -254,7 +256,8 @@ class WeightUpdater:
             await asyncio.to_thread(self._store.put_back, kept)
             if kept:
                 await asyncio.to_thread(self._held.hold, kept[-1])
-            await self._engine.load(self._held.served(), self.serving.version)
+            async with asyncio.timeout(_PUT_BACK_S):
+                await self._engine.load(self._held.served(), self.serving.version)
         except Exception as error:
             self.broken.set()
             raise MixedWeightsError("the old weights could not be put back") from error

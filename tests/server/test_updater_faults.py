@@ -83,6 +83,22 @@ async def test_failing_again_sets_broken_and_a_restart_heals(at_3):
     at_3.check(3)
 
 
+async def test_an_engine_that_hangs_with_a_rejected_version_ends_the_process(at_3, monkeypatch):
+    monkeypatch.setattr("server_ext.weights.updater._PUT_BACK_S", 0.05)
+    load = at_3.engine.load
+
+    async def hangs_after_the_first(content, version) -> None:
+        if version == 3:
+            await asyncio.Event().wait()
+        await load(content, version)
+
+    at_3.engine.load = hangs_after_the_first
+    at_3.engine.faults.append(EngineError("half-way"))
+    with pytest.raises(MixedWeightsError):
+        await at_3.push(4)
+    assert at_3.updater.broken.is_set()
+
+
 async def test_a_drain_timeout_keeps_the_old_version(at_3):
     at_3.engine._drain_timeout_s = 0.02
     async with at_3.engine._gate.rollout():
