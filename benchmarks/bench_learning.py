@@ -1,10 +1,12 @@
 """`make bench-learning`: ways to grow and to weigh, trained at one budget of generated tokens.
 
 One server for all; each run is a learner of its own that starts from the untrained model (it pushes
-it first). Accuracy while learning is that of the first rollouts of each step's trees, which no
-branching inflates; at the end 256 held-out problems are asked. Writes a table and, with the curves,
-benchmarks/out/learning.html. `--tasks`, `--ways`, `--seeds` and `--tokens` make it shorter; runs
-that are there already are not run again.
+it first). The sparse task rewards a derivation only if every step is right: a remote grader in this
+process says so (of guessed digits at the end one in ten would be right). Accuracy while learning is
+that of the first rollouts of each step's trees, which no branching inflates; at the end 256
+held-out problems are asked. Writes a table and, with the curves, benchmarks/out/learning.html.
+`--tasks`, `--ways`, `--seeds` and `--tokens` make it shorter; runs that are there already are not
+run again.
 """
 
 from __future__ import annotations
@@ -12,10 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import grpc
+
+from ibtree.v1 import reward_pb2, reward_pb2_grpc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "arith"))
 
@@ -26,8 +36,21 @@ from report import CSS, Series, chart
 OUT = Path(__file__).parent / "out" / "learning.json"
 RUNS, FIGURE = OUT.with_suffix(""), OUT.with_suffix(".html")
 HELD_OUT, PER_STEP = 256, 16
-TASKS = {"easy": (6, 96), "sparse": (14, 192)}
-"""Terms of the problems, and most new tokens of a trajectory."""
+
+
+class Task(NamedTuple):
+    """`longest`: most new tokens of a trajectory; `tokens`: the budget of a run."""
+
+    terms: int
+    longest: int
+    grader: str
+    tokens: int
+
+
+TASKS = {
+    "easy": Task(6, 96, "exact", 100_000),
+    "sparse": Task(10, 128, "remote", 200_000),
+}
 TREE = ["--init-rollouts=4", "--rounds=9"]
 WAYS = {
     "ib_tpo": ["--strategy=ib", *TREE],
@@ -43,12 +66,47 @@ T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t at 97.5 % by number of seeds."""
 
 
+class EveryStep(reward_pb2_grpc.RewardServiceServicer):
+    """1 for a derivation that is right from the first step to the last."""
+
+    def Grade(self, request: reward_pb2.GradeRequest, context: Any) -> reward_pb2.GradeResponse:
+        rewards = [
+            float(one.completion.strip() == right(one.prompt)) for one in request.trajectories
+        ]
+        return reward_pb2.GradeResponse(rewards=rewards)
+
+
+def right(prompt: str) -> str:
+    return task.solution(task.Problem(prompt, ""), random.Random())
+
+
+@contextmanager
+def grading() -> Iterator[str]:
+    """The address of the remote grader."""
+    server = grpc.server(ThreadPoolExecutor(2))
+    reward_pb2_grpc.add_RewardServiceServicer_to_server(EveryStep(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None)
+
+
+@contextmanager
+def serving(grader: str) -> Iterator[str]:
+    """The address of the server, which starts with the untrained model."""
+    line = server_command(RUNS / "server", f"--reward-address={grader}")
+    with running(line, RUNS / "server.log") as process:
+        yield wait_until_serving(process).grpc
+
+
 def learn(target: str, way: str, name: str, seed: int, tokens: int) -> Rows:
     folder = RUNS / f"{name}-{way}-{seed}-{tokens}"
     metrics = folder / "metrics.jsonl"
     if not (folder / "last").exists():
-        terms, longest = TASKS[name]
-        train, held_out = task.split(4096, HELD_OUT, terms, seed)
+        chosen = TASKS[name]
+        train, held_out = task.split(4096, HELD_OUT, chosen.terms, seed)
         folder.mkdir(parents=True, exist_ok=True)
         task.write_jsonl(folder / "train.jsonl", train)
         task.write_jsonl(folder / "held_out.jsonl", held_out)
@@ -57,10 +115,11 @@ def learn(target: str, way: str, name: str, seed: int, tokens: int) -> Rows:
             *(f"--server={target}", f"--model={MODEL}", f"--out-dir={folder}", f"--seed={seed}"),
             f"--prompts={folder / 'train.jsonl'}",
             f"--eval-prompts={folder / 'held_out.jsonl'}",
-            *("--device=cpu", "--threads=1", "--grader=exact", "--kl-weight=0", "--lr=7e-4"),
+            *("--device=cpu", "--threads=1", "--kl-weight=0", "--lr=7e-4"),
+            f"--grader={chosen.grader}",
             *(f"--prompts-per-step={PER_STEP}", "--prompts-ahead-steps=0", "--steps=1000"),
             *("--checkpoint-every-steps=1000", f"--max-tokens={tokens}"),
-            *(*SAMPLING[:-1], f"--max-new-tokens={longest}", *WAYS[way]),
+            *(*SAMPLING[:-1], f"--max-new-tokens={chosen.longest}", *WAYS[way]),
         )
         with running(line, folder / "log") as process:
             if process.popen.wait():
@@ -96,16 +155,16 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS))
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--tokens", type=int, help="generated in each run, instead of the task's")
     arguments = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
     found: dict[tuple[str, str], list[Rows]] = {}
-    with running(server_command(RUNS / "server"), RUNS / "server.log") as process:
-        target = wait_until_serving(process).grpc
+    with grading() as grader, serving(grader) as target:
         for seed in range(arguments.seeds):
             for name in arguments.tasks:
                 for way in arguments.ways:
-                    rows = learn(target, way, name, seed, arguments.tokens)
+                    tokens = arguments.tokens or TASKS[name].tokens
+                    rows = learn(target, way, name, seed, tokens)
                     found.setdefault((name, way), []).append(rows)
                     print(name, way, seed, figures_of(rows), flush=True)
     report({key: [figures_of(rows) for rows in runs] for key, runs in found.items()})
@@ -127,7 +186,7 @@ def curve(way: str, runs: list[Rows]) -> Series:
 def draw(found: dict[tuple[str, str], list[Rows]]) -> None:
     charts = [
         chart(
-            f"{name}: {TASKS[name][0]} terms, accuracy of first rollouts, 95 % interval",
+            f"{name}: {TASKS[name].terms} terms, accuracy of first rollouts, 95 % interval",
             "generated tokens",
             [curve(way, runs) for (task_name, way), runs in found.items() if task_name == name],
         )
