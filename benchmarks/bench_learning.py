@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import random
+import signal
 import statistics
 import sys
 from collections.abc import Iterator
@@ -96,8 +97,9 @@ def grading() -> Iterator[str]:
 @contextmanager
 def serving(grader: str) -> Iterator[str]:
     """The address of the server, which starts with the untrained model."""
-    line = server_command(RUNS / "server", f"--reward-address={grader}")
-    with running(line, RUNS / "server.log") as process:
+    line, log = server_command(RUNS / "server", f"--reward-address={grader}"), RUNS / "server.log"
+    log.unlink(missing_ok=True)  # it says where the one before served
+    with running(line, log) as process:
         yield wait_until_serving(process).grpc
 
 
@@ -157,6 +159,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tokens", type=int, help="generated in each run, instead of the task's")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # server and learner end with it
     RUNS.mkdir(parents=True, exist_ok=True)
     found: dict[tuple[str, str], list[Rows]] = {}
     with grading() as grader, serving(grader) as target:

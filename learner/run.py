@@ -6,13 +6,14 @@ import json
 import signal
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
 
 import torch
 
+from ibtpo_settings.folder import alone_in
 from ibtree.client import Client
 from ibtree.errors import FieldError
 from ibtree.questions import Question
@@ -58,7 +59,7 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
     stop = _stop_on_signals()
     questions = questions_of(config.prompts, config)
     held_out = questions_of(config.eval_prompts, config) if config.eval_prompts else []
-    with Client(config.server) as client:
+    with _folder(config), Client(config.server) as client:
         publisher = Publisher(
             client, config.model, config.out_dir, config.patience_s, ranks, config.shared_dir
         )
@@ -90,6 +91,15 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
             finally:
                 publisher.settle()
                 intake.give_back("the learner stops")
+
+
+@contextmanager
+def _folder(config: LearnerConfig) -> Iterator[None]:
+    """Two runs in one folder would train on each other's trees. Raises FieldError, WriteError."""
+    with ExitStack() as stack:
+        with writing("the run", config.out_dir):
+            stack.enter_context(alone_in(config.out_dir, "out_dir", "learner"))
+        yield
 
 
 def new_trainer(config: LearnerConfig, ranks: Ranks) -> Trainer:

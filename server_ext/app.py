@@ -6,20 +6,19 @@ ports bound ─▶ engine loads ─▶ newest weights ─▶ first token ─▶ 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from ibtpo_settings.folder import alone_in
 from ibtree.errors import FieldError
 from ibtree.options import SamplingOptions, options_from
 from ibtree.v1 import (
@@ -85,7 +84,8 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         stack.callback(web.shutdown)
         tokenizer = Tokenizer(config.model)
         segmenter = tokenizer.segmenter(config.separator)
-        stack.enter_context(_locked(config.data_dir))
+        # two servers on one journal would each grow what the other is growing
+        stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
 
         try:
             engine = _engine(config, sglang_arguments)
@@ -242,19 +242,6 @@ def _bind(field: str, config: ServerConfig, bind: Callable[[str], T]) -> T:
         return bind(f"{config.host}:{port}")
     except RuntimeError as error:
         raise FieldError(field, f"port {port} cannot be listened on", "a free port") from error
-
-
-@contextmanager
-def _locked(data_dir: Path) -> Iterator[None]:
-    """Two servers on one journal would each grow what the other is growing."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            problem = f"{data_dir} is in use by another server"
-            raise FieldError("data_dir", problem, "a folder of its own") from error
-        yield
 
 
 def _exit_on_signal() -> None:

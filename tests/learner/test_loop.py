@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ibtpo_settings.folder import alone_in
 from ibtree.tree import Finish, Tree
 from ibtree.v1 import tree_pb2
 from ibtree.weights import make_manifest, model_identity
@@ -141,6 +142,14 @@ def test_a_run_told_to_stop_saves_gives_back_and_goes_on_later(site, model):
     assert one.run_here() == ""
     assert [row["step"] for row in rows(one)] == [*range(1, 7)]
     assert list(site.trees().values()).count("acked") == 6 * PER_STEP
+
+
+def test_a_folder_in_which_another_learner_runs_is_refused(site, model):
+    one = learner(site, model, "--steps=1")
+    with alone_in(one.out_dir, "out_dir", "learner"):
+        assert "in use by another learner" in one.run_here()
+        assert {path.name for path in one.out_dir.iterdir()} == {"lock", "run.json"}
+    assert one.run_here() == ""
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_the_run_goes_on(site, model, monkeypatch, caplog):
