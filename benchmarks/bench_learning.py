@@ -50,7 +50,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "easy": Task(6, 96, "exact", 100_000),
-    "sparse": Task(10, 128, "remote", 200_000),
+    "sparse": Task(10, 128, "remote", 120_000),
 }
 TREE = ["--init-rollouts=4", "--rounds=9"]
 WAYS = {
