@@ -56,7 +56,7 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
 
     Raises FieldError and PreconditionError for settings that do not fit, RpcFailed, RankLostError.
     """
-    stop = _stop_on_signals()
+    stop: list[int] = []
     questions = questions_of(config.prompts, config)
     held_out = questions_of(config.eval_prompts, config) if config.eval_prompts else []
     with _folder(config), Client(config.server) as client:
@@ -73,6 +73,7 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
         intake.give_back_from_before()
         publisher.align(policy, state)
         exports = Exports(config.model, config.out_dir, publisher.staged, publisher.dtype)
+        _note_signals(stop)  # until here they end the process: nothing is in hand yet
         with Reporter(config.out_dir, config.steps, state) as report:
             try:
                 yield Run(
@@ -138,9 +139,8 @@ def _run_id(config: LearnerConfig) -> str:
     return str(json.loads(path.read_text())["run_id"])
 
 
-def _stop_on_signals() -> list[int]:
-    """Grows when SIGTERM or SIGINT comes; a second one ends the process at once."""
-    received: list[int] = []
+def _note_signals(received: list[int]) -> None:
+    """It grows when SIGTERM or SIGINT comes; a second one ends the process at once."""
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
@@ -148,4 +148,3 @@ def _stop_on_signals() -> list[int]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
-    return received
