@@ -5,9 +5,10 @@ Shapes: N nodes of a tree, B rows, S prompt and completion tokens, T generated t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,40 +94,62 @@ def tree_advantages(
     )
 
 
-def trained_trees(trees: Sequence[Tree], config: LearnerConfig) -> list[TrainedTree]:
-    """The trees to train on with the shares of their trajectories.
+class Ends(NamedTuple):
+    """Of a tree's distinct trajectories: the nodes they end with, their generated tokens and their
+    weight in the tree, [B]; `uniform` as is_uniform."""
+
+    node: Tensor
+    length: Tensor
+    weight: Tensor
+    uniform: bool
+
+
+def ends_of(tree: Tree, config: LearnerConfig) -> Ends:
+    depths = [0] * len(tree)
+    for node in tree.topological():
+        depths[node] = depths[tree.parents[node]] + len(tree.steps[node].token_ids)
+    nodes = torch.tensor(tree.end_nodes())
+    lengths = torch.tensor(depths, dtype=torch.float64)[nodes]
+    return Ends(nodes, lengths, _weights(tree, config)[nodes], is_uniform(tree))
+
+
+def trained_trees(
+    trees: Sequence[Tree], config: LearnerConfig, ends: Callable[[Tree], Ends] | None = None
+) -> list[TrainedTree]:
+    """The trees to train on with the shares of their trajectories; `ends` may know what ends_of
+    would find.
 
     Uniform trees are left out if they are to be skipped; with `uniform_in_denominator` they
     still count where the loss is normalised, whatever the normalisation.
     """
-    trained = [not (config.skip_uniform_trees and is_uniform(tree)) for tree in trees]
+    found = [(tree, ends_of(tree, config) if ends is None else ends(tree)) for tree in trees]
+    trained = [not (config.skip_uniform_trees and its.uniform) for _, its in found]
     if not any(trained):
         return []
     counted = [
-        (tree, torch.tensor(tree.end_nodes()), keep)
-        for tree, keep in zip(trees, trained, strict=True)
+        (tree, its, keep)
+        for (tree, its), keep in zip(found, trained, strict=True)
         if keep or config.uniform_in_denominator
     ]
+    sizes = [len(its.node) for _, its, _ in counted]
     shares = trajectory_shares(
-        _column([[tree.depth_tokens(n) for n in ends.tolist()] for tree, ends, _ in counted]),
-        torch.cat([_weights(tree, config)[ends] for tree, ends, _ in counted]),
-        _column([[tree.trajectories] * len(ends) for tree, ends, _ in counted]),
+        torch.cat([its.length for _, its, _ in counted]),
+        torch.cat([its.weight for _, its, _ in counted]),
+        torch.repeat_interleave(
+            torch.tensor([tree.trajectories for tree, _, _ in counted], dtype=torch.float64),
+            torch.tensor(sizes),
+        ),
         trees=len(counted),
         length_norm=config.length_norm,
         constant_tokens=config.max_new_tokens,
     )
-    parts = torch.split(shares, [len(ends) for _, ends, _ in counted])
     kept = [
-        (tree, torch.zeros(len(tree), dtype=torch.float64).index_add(0, ends, share))
-        for (tree, ends, keep), share in zip(counted, parts, strict=True)
+        (tree, torch.zeros(len(tree), dtype=torch.float64).index_add(0, its.node, share))
+        for (tree, its, keep), share in zip(counted, torch.split(shares, sizes), strict=True)
         if keep
     ]
     firsts = accumulate((len(tree) for tree, _ in kept), initial=0)
     return [TrainedTree(*one, first) for one, first in zip(kept, firsts, strict=False)]
-
-
-def _column(values: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor([v for part in values for v in part], dtype=torch.float64)
 
 
 def _weights(tree: Tree, config: LearnerConfig) -> Tensor:

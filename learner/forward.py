@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +15,9 @@ from learner.attention import BLOCK, FlexTreeAttention, SegmentAttention, TreeAt
 from learner.batch import Rows, TrainedTree, pad, split_rows, tree_rows
 from learner.config import LearnerConfig
 from learner.fits import prepare
+from learner.kept import Kept
 from learner.model import checkpoint_activations, packed_logprobs, token_logprobs
-from learner.pack import Drafts, Pack, drafts, packs, padded
+from learner.pack import Pack, drafts, packs, padded
 
 BUCKETS = 8
 """Lengths that packs on the GPU are padded to: FlexAttention is compiled for each."""
@@ -70,16 +70,15 @@ class PackedForward:
             # a method of the model: FSDP gathers its weights around methods alone
             model.packed_logprobs = partial(packed_logprobs, model)
         self._config, self._device = config, device
-        self._drafts: dict[int, Drafts] = {}
+        self._drafts = Kept(partial(drafts, config=config))
 
     def prepare(self, tree: Tree) -> None:
-        self._drafts[id(tree)] = drafts(tree, self._config)
-        weakref.finalize(tree, self._drafts.pop, id(tree), None)
+        self._drafts.prepare(tree)
 
     def batches(self, trees: Sequence[TrainedTree]) -> Iterator[PackedBatch]:
         """Packs of at most `micro_batch_tokens` (one trajectory always fits)."""
         limit = self._config.micro_batch_tokens
-        pieces = [piece for one in trees for piece in self._made(one.tree).pieces(one)]
+        pieces = [piece for one in trees for piece in self._drafts(one.tree).pieces(one)]
         for pack in packs(pieces, limit):
             attention: TreeAttention
             if self._device.type == "cuda":
@@ -88,9 +87,6 @@ class PackedForward:
             else:
                 attention = SegmentAttention(pack.predecessor, pack.position)
             yield PackedBatch(**vars(pack), attention=attention)
-
-    def _made(self, tree: Tree) -> Drafts:
-        return self._drafts.get(id(tree)) or drafts(tree, self._config)
 
     def logprobs(self, model: Any, batch: PackedBatch) -> Tensor:
         """Of each token with a term in the loss, [T]."""

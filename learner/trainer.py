@@ -7,15 +7,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ibtree.tree import Tree
-from learner.batch import TrainedTree, is_uniform, trained_trees
+from learner.batch import TrainedTree, ends_of, trained_trees
 from learner.config import LearnerConfig
 from learner.forward import Batch, forward_of
+from learner.kept import Kept
 from learner.math.loss import token_objective, truncated_importance, weighted_loss
 from learner.math.schedule import learning_rate
 from learner.ranks import ALONE, Ranks
@@ -95,6 +97,7 @@ class Trainer:
     ) -> None:
         self.policy, self._reference = policy, reference
         self._config, self._forward = config, forward_of(config, policy, reference, device)
+        self._ends = Kept(partial(ends_of, config=config))
         self._ranks = ranks
         shard(policy, ranks, config, trained=True)
         if reference is not None:
@@ -106,7 +109,8 @@ class Trainer:
     def prepare(self, tree: Tree) -> None:
         """Packs a tree that is to be trained on ahead of its step, while others still grow; on
         several ranks each packs its own share in the step."""
-        skipped = self._config.skip_uniform_trees and is_uniform(tree)
+        self._ends.prepare(tree)
+        skipped = self._config.skip_uniform_trees and self._ends(tree).uniform
         if self._ranks.size == 1 and not skipped:
             self._forward.prepare(tree)
 
@@ -118,7 +122,7 @@ class Trainer:
         Without a tree left, or a finite loss and gradient, the weights stay. All ranks take it at
         once, each with a share of the trees; what they decide by is the same on all.
         """
-        trained, figures = trained_trees(trees, self._config), StepFigures()
+        trained, figures = trained_trees(trees, self._config, self._ends), StepFigures()
         figures.trained_trees = len(trained)
         if not trained:
             return figures
