@@ -50,20 +50,21 @@ def segments(predecessor_M: Tensor, longest: int = LONGEST) -> Ints:
 def groups(predecessor_M: Tensor, position_M: Tensor) -> list[Group]:
     """All segments, those of like size together."""
     runs_S2 = segments(predecessor_M)
-    path_SK = _paths(runs_S2[:, 1] - 1, predecessor_M.numpy(), position_M.numpy())
     new_S = runs_S2[:, 1] - runs_S2[:, 0]
     keys_S = position_M.numpy()[runs_S2[:, 1] - 1] + 1
     order = np.lexsort((new_S, keys_S))
+    runs_S2, new_S, keys_S = runs_S2[order], new_S[order], keys_S[order]
+    path_SK = _paths(runs_S2[:, 1] - 1, predecessor_M.numpy(), position_M.numpy())
     found: list[Group] = []
-    for low, high in pairwise(_borders(new_S[order].tolist(), keys_S[order].tolist())):
-        own = order[low:high]
-        queries, keys = int(new_S[own].max()), int(keys_S[own[-1]])
-        offset_BQ = np.arange(queries)[None, :] * np.ones_like(own)[:, None]
-        offset_BQ[offset_BQ >= new_S[own, None]] = 0
-        query_BQ = torch.from_numpy(runs_S2[own, :1] + offset_BQ)
+    for low, high in pairwise(_borders(new_S.tolist(), keys_S.tolist())):
+        queries, keys = int(new_S[low:high].max()), int(keys_S[high - 1])
+        index_Q = np.arange(queries)
+        offset_BQ = np.where(index_Q < new_S[low:high, None], index_Q, 0)
+        query_BQ = torch.from_numpy(runs_S2[low:high, :1] + offset_BQ)
         # the keys of a path lie in the order of their positions, padding after the last
         visible_BQK = torch.arange(keys) <= position_M[query_BQ][..., None]
-        found.append(Group(query_BQ, torch.from_numpy(path_SK[own, :keys]), visible_BQK))
+        key_BK = torch.from_numpy(np.ascontiguousarray(path_SK[low:high, :keys]))
+        found.append(Group(query_BQ, key_BK, visible_BQK))
     return found
 
 
@@ -89,12 +90,15 @@ def rows_of(found: Sequence[Group], tokens: int) -> Tensor:
 
 def _paths(token_S: Ints, predecessor_M: Ints, position_M: Ints) -> Ints:
     """The tokens from the prompt's first to each of these, by position, [S, K]; a shorter path is
-    padded with its last token."""
-    path_KS = np.empty((int(position_M[token_S].max()) + 1, len(token_S)), np.int64)
-    for k in range(len(path_KS) - 1, -1, -1):  # all paths a token up at once
+    padded with its last token. Positions ascend."""
+    position_S = position_M[token_S]
+    path_KS = np.empty((int(position_S[-1]) + 1, len(token_S)), np.int64)
+    begins_K = np.searchsorted(position_S, np.arange(len(path_KS)))
+    token_S = token_S.copy()
+    for k in range(len(path_KS) - 1, -1, -1):  # all paths that reach so deep, a token up at once
         path_KS[k] = token_S
-        token_S = np.where(position_M[token_S] == k, predecessor_M[token_S], token_S)
-    return np.ascontiguousarray(path_KS.T)
+        token_S[begins_K[k] :] = predecessor_M[token_S[begins_K[k] :]]
+    return path_KS.T
 
 
 def visible_blocks(last_M: Tensor, block: int) -> tuple[Tensor, Tensor]:
