@@ -97,9 +97,8 @@ def grading() -> Iterator[str]:
 @contextmanager
 def serving(grader: str) -> Iterator[str]:
     """The address of the server, which starts with the untrained model."""
-    line, log = server_command(RUNS / "server", f"--reward-address={grader}"), RUNS / "server.log"
-    log.unlink(missing_ok=True)  # it says where the one before served
-    with running(line, log) as process:
+    line = server_command(RUNS / "server", f"--reward-address={grader}")
+    with running(line, RUNS / "server.log") as process:
         yield wait_until_serving(process).grpc
 
 

@@ -28,9 +28,12 @@ def canary_of(model: Any, tree: Tree, tolerance: float) -> Canary:
 
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    if not installed(model):
-        out: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
-        return out
-    position = torch.arange(len(ids))
-    attention = SegmentAttention(position - 1, position)
-    return model.get_output_embeddings()(features(model, ids, position.to(ids.device), attention))  # type: ignore[no-any-return]
+    logits: Tensor
+    if installed(model):
+        position = torch.arange(len(ids))
+        attention = SegmentAttention(position - 1, position)
+        states = features(model, ids, position.to(ids.device), attention)
+        logits = model.get_output_embeddings()(states)
+    else:
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    return logits

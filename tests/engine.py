@@ -26,9 +26,8 @@ class Server:
     def start(self) -> None:
         """On the port it had before, if it had one."""
         port = int(self.address.rpartition(":")[2] or 0)
-        log = self.folder / "server.log"
-        log.unlink(missing_ok=True)
-        self.process = Process(server_command(self.data_dir, port=port), log)
+        command = server_command(self.data_dir, port=port)
+        self.process = Process(command, self.folder / "server.log")
         self.address, self.health, self.web = wait_until_serving(self.process)
 
     def stop(self) -> None:

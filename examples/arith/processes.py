@@ -29,6 +29,7 @@ class Process:
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self.log = log
         with log.open("ab") as file:
+            self._begins = file.tell()  # those before it may have written there too
             self.popen = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
@@ -50,8 +51,12 @@ class Process:
                 self.popen.wait(STOP_TIMEOUT_S)
         self.kill()
 
+    def said(self) -> str:
+        """All it has written."""
+        return self.log.read_bytes()[self._begins :].decode(errors="replace")
+
     def last_words(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+        return "\n".join(self.said().splitlines()[-15:])
 
 
 class _SignalsHeld:
@@ -124,8 +129,8 @@ def wait_until_serving(process: Process) -> Addresses:
     """The server's addresses, once the server has generated its first token."""
     until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
-        if found := _READY.findall(process.log.read_text(errors="replace")):
-            address, health, web = found[-1]
+        if found := _READY.search(process.said()):
+            address, health, web = found.groups()
             host = address.rpartition(":")[0]
             return Addresses(address, f"{host}:{health}", f"{host}:{web}")
         if not process.running():
