@@ -22,7 +22,7 @@ from learner.attention import FlexTreeAttention
 from learner.batch import trained_trees
 from learner.config import LearnerConfig
 from learner.model import mend_torchvision
-from learner.pack import Pack, drafts, pack, padded
+from learner.pack import Pack, Piece, drafts, pack, padded
 from learner.trainer import Trainer
 
 mend_torchvision()  # before anything imports transformers
@@ -121,10 +121,8 @@ def attention_times(tree: Tree, config: LearnerConfig) -> tuple[float, float]:
 
 
 def tree_pack(tree: Tree, config: LearnerConfig) -> Pack:
-    pieces = [
-        piece for one in trained_trees([tree], config) for piece in drafts(tree, config).pieces(one)
-    ]
-    found = pack(pieces)
+    (trained,) = trained_trees([tree], config)
+    found = pack([Piece(draft, trained) for draft in drafts(tree, config)])
     return padded(found, -(-len(found.ids) // 128) * 128)
 
 

@@ -6,7 +6,7 @@ The model hands the pack's attention object on: `model(..., tree=TreeAttention)`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -42,17 +42,17 @@ class SegmentAttention:
     """SDPA over each segment's new tokens against its path: no M x M mask, for the CPU."""
 
     def __init__(self, predecessor_M: Tensor, position_M: Tensor) -> None:
-        found = groups(predecessor_M, position_M)
-        self._query = torch.cat([group.query_BQ.flatten() for group in found])
-        self._key = torch.cat([group.key_BK.flatten() for group in found])
-        self._row = rows_of(found, len(predecessor_M))
-        self._visible = [group.visible_BQK for group in found]
+        self._groups = groups(predecessor_M, position_M)
+        self._query = torch.cat([group.query_BQ.flatten() for group in self._groups])
+        self._key = torch.cat([group.key_BK.flatten() for group in self._groups])
+        self._row = rows_of(self._query, len(predecessor_M))
         self._bias: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         bias = self._biases(query.dtype, query.device)
-        queries = self._gather(query, self._query, 1)
-        keys, values = (self._gather(x, self._key, 2) for x in (key, value))
+        queries = _gather(query, self._query, [group.query_BQ.shape for group in self._groups])
+        of_keys = [group.key_BK.shape for group in self._groups]
+        keys, values = (_gather(x, self._key, of_keys) for x in (key, value))
         outs = [
             scaled_dot_product_attention(q, k, v, attn_mask=b, scale=scale, enable_gqa=True)
             for q, k, v, b in zip(queries, keys, values, bias, strict=True)
@@ -60,26 +60,25 @@ class SegmentAttention:
         out = torch.cat([o.transpose(1, 2).flatten(0, 1) for o in outs])
         return out.index_select(0, self._row.to(out.device))[None]
 
-    def _gather(self, x: Tensor, index: Tensor, dim: int) -> list[Tensor]:
-        """[1, H, M, D] -> of each group [B, H, Q, D] (`dim` 1) or [B, H, K, D] (`dim` 2)."""
-        rows = x[0].transpose(0, 1).index_select(0, index.to(x.device))
-        shapes = [(v.shape[0], v.shape[dim]) for v in self._visible]
-        parts = torch.split(rows, [b * n for b, n in shapes])
-        return [
-            part.view(*shape, *part.shape[1:]).transpose(1, 2)
-            for part, shape in zip(parts, shapes, strict=True)
-        ]
-
     def _biases(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """0 or -inf, made once: each layer keeps what it is given until the backward pass."""
         if not self._bias or self._bias[0].dtype != dtype:
+            hidden = torch.tensor(float("-inf"), dtype=dtype)
             self._bias = [
-                torch.zeros(v.shape, dtype=dtype)
-                .masked_fill_(~v, float("-inf"))
-                .to(device)[:, None]
-                for v in self._visible
+                torch.where(group.visible_BQK, 0.0, hidden).to(device)[:, None]
+                for group in self._groups
             ]
         return self._bias
+
+
+def _gather(x: Tensor, index: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """[1, H, M, D] -> of each group [B, H, n, D], all groups' [B, n] flattened in `index`."""
+    rows = x[0].transpose(0, 1).index_select(0, index.to(x.device))
+    parts = torch.split(rows, [shape.numel() for shape in shapes])
+    return [
+        part.view(*shape, *part.shape[1:]).transpose(1, 2)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
 class FlexTreeAttention:

@@ -18,16 +18,17 @@ from ibtree import score
 from ibtree.tree import Tree
 from learner.config import LearnerConfig
 from learner.math.advantage import NO_SPREAD, step_advantages
-from learner.math.loss import trajectory_shares
+from learner.math.loss import tree_shares
+from learner.math.packing import Floats
 
 
 @dataclass(frozen=True)
 class TrainedTree:
-    """A tree that enters the loss, and by node what each token of a trajectory that ends there
-    counts in the batch's loss, float64 [N] (0 where none ends)."""
+    """A tree that enters the loss."""
 
     tree: Tree
-    share_N: Tensor
+    scale: float
+    """What the tree's Shares are multiplied by in this batch."""
     first: int
     """The number of its first node when the nodes of all trees of the batch are counted through."""
 
@@ -94,73 +95,59 @@ def tree_advantages(
     )
 
 
-class Ends(NamedTuple):
-    """Of a tree's distinct trajectories: the nodes they end with, their generated tokens and their
-    weight in the tree, [B]; `uniform` as is_uniform."""
+class Shares(NamedTuple):
+    """What each token of a trajectory that ends at a node counts in the loss, [N] (0 where none
+    ends), before the division by the sum of `whole` over the batch; `uniform` as is_uniform."""
 
-    node: Tensor
-    length: Tensor
-    weight: Tensor
+    share_N: Floats
+    whole: float
     uniform: bool
 
 
-def ends_of(tree: Tree, config: LearnerConfig) -> Ends:
+def shares_of(tree: Tree, config: LearnerConfig) -> Shares:
     """In one pass over the nodes: paths share most of their steps."""
-    depths = [0] * len(tree)
+    depth_N = np.zeros(len(tree), np.int64)
     for node in tree.topological():
-        depths[node] = depths[tree.parents[node]] + len(tree.steps[node].token_ids)
-    nodes = torch.tensor(tree.end_nodes())
-    lengths = torch.tensor(depths, dtype=torch.float64)[nodes]
-    return Ends(nodes, lengths, _weights(tree, config)[nodes], is_uniform(tree))
+        depth_N[node] = depth_N[tree.parents[node]] + len(tree.steps[node].token_ids)
+    ends = tree.end_nodes()
+    its = tree_shares(
+        depth_N[ends],
+        score.trajectory_weights(tree, config.trajectory_weight)[ends],
+        tree.trajectories,
+        length_norm=config.length_norm,
+        constant_tokens=config.max_new_tokens,
+    )
+    share_N = np.zeros(len(tree))
+    share_N[ends] = its.share_B
+    return Shares(share_N, its.whole, is_uniform(tree))
 
 
 def trained_trees(
-    trees: Sequence[Tree], config: LearnerConfig, ends: Callable[[Tree], Ends] | None = None
+    trees: Sequence[Tree], config: LearnerConfig, shares: Callable[[Tree], Shares] | None = None
 ) -> list[TrainedTree]:
-    """The trees to train on with the shares of their trajectories; `ends` may know what ends_of
-    would find.
+    """The trees to train on; `shares` may know what shares_of would find.
 
     Uniform trees are left out if they are to be skipped; with `uniform_in_denominator` they
     still count where the loss is normalised, whatever the normalisation.
     """
-    found = [(tree, ends_of(tree, config) if ends is None else ends(tree)) for tree in trees]
+    found = [(tree, shares_of(tree, config) if shares is None else shares(tree)) for tree in trees]
     trained = [not (config.skip_uniform_trees and its.uniform) for _, its in found]
-    if not any(trained):
-        return []
     counted = [
-        (tree, its, keep)
-        for (tree, its), keep in zip(found, trained, strict=True)
+        its.whole
+        for (_, its), keep in zip(found, trained, strict=True)
         if keep or config.uniform_in_denominator
     ]
-    sizes = [len(its.node) for _, its, _ in counted]
-    shares = trajectory_shares(
-        torch.cat([its.length for _, its, _ in counted]),
-        torch.cat([its.weight for _, its, _ in counted]),
-        torch.repeat_interleave(
-            torch.tensor([tree.trajectories for tree, _, _ in counted], dtype=torch.float64),
-            torch.tensor(sizes),
-        ),
-        trees=len(counted),
-        length_norm=config.length_norm,
-        constant_tokens=config.max_new_tokens,
-    )
-    kept = [
-        (tree, torch.zeros(len(tree), dtype=torch.float64).index_add(0, its.node, share))
-        for (tree, its, keep), share in zip(counted, torch.split(shares, sizes), strict=True)
-        if keep
-    ]
-    firsts = accumulate((len(tree) for tree, _ in kept), initial=0)
-    return [TrainedTree(*one, first) for one, first in zip(kept, firsts, strict=False)]
-
-
-def _weights(tree: Tree, config: LearnerConfig) -> Tensor:
-    return torch.from_numpy(score.trajectory_weights(tree, config.trajectory_weight))
+    scale = 1.0 / max(sum(counted), 1.0)
+    kept = [tree for (tree, _), keep in zip(found, trained, strict=True) if keep]
+    firsts = accumulate((len(tree) for tree in kept), initial=0)
+    return [TrainedTree(tree, scale, first) for tree, first in zip(kept, firsts, strict=False)]
 
 
 def tree_rows(trained: TrainedTree, config: LearnerConfig) -> list[Row]:
     """A row for each node with which trajectories end."""
     tree = trained.tree
     advantages = tree_advantages(tree, config).tolist()
+    shares = (shares_of(tree, config).share_N * trained.scale).tolist()
     rows, seen = [], set[int]()
     for end in tree.end_nodes():
         path = tree.path(end)
@@ -173,7 +160,7 @@ def tree_rows(trained: TrainedTree, config: LearnerConfig) -> list[Row]:
                 versions=tuple(v for s in steps for v in s.versions),
                 nodes=tuple(trained.first + n for n in path for _ in tree.steps[n].token_ids),
                 advantages=tuple(advantages[n] for n in path for _ in tree.steps[n].token_ids),
-                share=float(trained.share_N[end]),
+                share=shares[end],
                 shared=sum(len(tree.steps[n].token_ids) for n in path if n in seen),
             )
         )

@@ -17,7 +17,7 @@ from learner.config import LearnerConfig
 from learner.fits import prepare
 from learner.kept import Kept
 from learner.model import checkpoint_activations, packed_logprobs, token_logprobs
-from learner.pack import Pack, drafts, packs, padded
+from learner.pack import Pack, Piece, drafts, packs, padded
 
 BUCKETS = 8
 """Lengths that packs on the GPU are padded to: FlexAttention is compiled for each."""
@@ -78,7 +78,7 @@ class PackedForward:
     def batches(self, trees: Sequence[TrainedTree]) -> Iterator[PackedBatch]:
         """Packs of at most `micro_batch_tokens` (one trajectory always fits)."""
         limit = self._config.micro_batch_tokens
-        pieces = [piece for one in trees for piece in self._drafts(one.tree).pieces(one)]
+        pieces = [Piece(draft, one) for one in trees for draft in self._drafts(one.tree)]
         for pack in packs(pieces, limit):
             attention: TreeAttention
             if self._device.type == "cuda":

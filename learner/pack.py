@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ibtree.tree import Floats, Ints, Tree
-from learner.batch import TrainedTree, tree_advantages
+from learner.batch import TrainedTree, shares_of, tree_advantages
 from learner.config import LearnerConfig
 from learner.math.packing import (
     Layout,
@@ -39,31 +39,15 @@ class Draft:
     versions: Ints
     node: Ints
     advantage: Floats
-
-
-@dataclass(frozen=True)
-class Piece(Draft):
-    """A draft in its batch, whose nodes are counted through."""
-
     weight: Floats
+    """w_t before the batch's scale."""
 
 
-@dataclass(frozen=True)
-class Drafts:
-    """All that can be made of a tree's packs before the batch is known: all but the weights."""
+class Piece(NamedTuple):
+    """A draft in its batch."""
 
-    order: Ints
-    """The nodes in depth-first order, [N], and for each where those below it stop."""
-    stops: Ints
-    parts: list[Draft]
-
-    def pieces(self, trained: TrainedTree) -> list[Piece]:
-        weight_N = np.zeros(len(trained.tree))
-        weight_N[self.order] = subtree_sums(self.stops, trained.share_N.numpy()[self.order])
-        return [
-            Piece(**{**vars(part), "node": part.node + trained.first}, weight=weight_N[part.node])
-            for part in self.parts
-        ]
+    draft: Draft
+    trained: TrainedTree
 
 
 @dataclass(frozen=True)
@@ -100,18 +84,18 @@ def depth_first(tree: Tree) -> list[int]:
     return order
 
 
-def drafts(tree: Tree, config: LearnerConfig) -> Drafts:
+def drafts(tree: Tree, config: LearnerConfig) -> list[Draft]:
     """The tree, in several parts if it has more than `micro_batch_tokens` unique tokens."""
     order = depth_first(tree)
     at = {node: i for i, node in enumerate(order)}
     parents = [at[tree.parents[node]] for node in order]
     lengths = [len(tree.prompt), *(len(tree.steps[node].token_ids) for node in order[1:])]
-    advantage_N = tree_advantages(tree, config).numpy()
-    parts = [
-        _draft(tree, order, parents, lengths, advantage_N, part)
+    advantage_N, weight_N = tree_advantages(tree, config).numpy(), np.zeros(len(tree))
+    weight_N[order] = subtree_sums(subtree_stops(parents), shares_of(tree, config).share_N[order])
+    return [
+        _draft(tree, order, parents, lengths, advantage_N, weight_N, part)
         for part in cut(parents, lengths, config.micro_batch_tokens)
     ]
-    return Drafts(np.asarray(order), subtree_stops(parents), parts)
 
 
 def _draft(
@@ -120,6 +104,7 @@ def _draft(
     parents: Sequence[int],
     lengths: Sequence[int],
     advantage_N: Floats,
+    weight_N: Floats,
     part: Part,
 ) -> Draft:
     at = {n: i for i, n in enumerate(part.nodes)}
@@ -137,36 +122,38 @@ def _draft(
         versions=np.asarray([v for s in counted for v in s.versions], int),
         node=node,
         advantage=advantage_N[node],
+        weight=weight_N[node],
     )
 
 
 def packs(pieces: Sequence[Piece], micro_batch_tokens: int) -> Iterator[Pack]:
     """All pieces, several in a pack of at most `micro_batch_tokens` (or one larger piece)."""
-    for indices in first_fit([len(piece.ids) for piece in pieces], micro_batch_tokens):
+    for indices in first_fit([len(piece.draft.ids) for piece in pieces], micro_batch_tokens):
         yield pack([pieces[i] for i in indices])
 
 
 def pack(pieces: Sequence[Piece]) -> Pack:
     """These pieces in one sequence; none sees another."""
-    lengths = [len(piece.ids) for piece in pieces]
+    drafts = [piece.draft for piece in pieces]
+    lengths = [len(draft.ids) for draft in drafts]
     starts = np.cumsum([0, *lengths[:-1]])
     moved = np.repeat(starts, lengths)
 
     def joined(parts: Iterable[Ints | Floats]) -> Any:
         return np.concatenate(list(parts))
 
-    predecessor = joined(piece.layout.predecessor for piece in pieces)
+    predecessor = joined(draft.layout.predecessor for draft in drafts)
     columns = {
-        "ids": joined(piece.ids for piece in pieces),
-        "position": joined(piece.layout.position for piece in pieces),
+        "ids": joined(draft.ids for draft in drafts),
+        "position": joined(draft.layout.position for draft in drafts),
         "predecessor": np.where(predecessor < 0, predecessor, predecessor + moved),
-        "last": joined(piece.layout.last for piece in pieces) + moved,
-        "target": joined(p.target + start for p, start in zip(pieces, starts, strict=True)),
-        "old_logp": joined(piece.old_logp for piece in pieces),
-        "versions": joined(piece.versions for piece in pieces),
-        "node": joined(piece.node for piece in pieces),
-        "advantage": joined(piece.advantage for piece in pieces),
-        "weight": joined(piece.weight for piece in pieces),
+        "last": joined(draft.layout.last for draft in drafts) + moved,
+        "target": joined(d.target + start for d, start in zip(drafts, starts, strict=True)),
+        "old_logp": joined(draft.old_logp for draft in drafts),
+        "versions": joined(draft.versions for draft in drafts),
+        "node": joined(draft.node + one.first for draft, one in pieces),
+        "advantage": joined(draft.advantage for draft in drafts),
+        "weight": joined(draft.weight * one.scale for draft, one in pieces),
     }
     return Pack(**{name: torch.from_numpy(column) for name, column in columns.items()})
 

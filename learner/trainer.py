@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ibtree.tree import Tree
-from learner.batch import TrainedTree, ends_of, trained_trees
+from learner.batch import TrainedTree, shares_of, trained_trees
 from learner.config import LearnerConfig
 from learner.forward import Batch, forward_of
 from learner.kept import Kept
@@ -97,7 +97,7 @@ class Trainer:
     ) -> None:
         self.policy, self._reference = policy, reference
         self._config, self._forward = config, forward_of(config, policy, reference, device)
-        self._ends = Kept(partial(ends_of, config=config))
+        self._shares = Kept(partial(shares_of, config=config))
         self._ranks = ranks
         shard(policy, ranks, config, trained=True)
         if reference is not None:
@@ -109,8 +109,8 @@ class Trainer:
     def prepare(self, tree: Tree) -> None:
         """Packs a tree that is to be trained on ahead of its step, while others still grow; on
         several ranks each packs its own share in the step."""
-        self._ends.prepare(tree)
-        skipped = self._config.skip_uniform_trees and self._ends(tree).uniform
+        self._shares.prepare(tree)
+        skipped = self._config.skip_uniform_trees and self._shares(tree).uniform
         if self._ranks.size == 1 and not skipped:
             self._forward.prepare(tree)
 
@@ -122,7 +122,7 @@ class Trainer:
         Without a tree left, or a finite loss and gradient, the weights stay. All ranks take it at
         once, each with a share of the trees; what they decide by is the same on all.
         """
-        trained, figures = trained_trees(trees, self._config, self._ends), StepFigures()
+        trained, figures = trained_trees(trees, self._config, self._shares), StepFigures()
         figures.trained_trees = len(trained)
         if not trained:
             return figures

@@ -26,8 +26,13 @@ class Group(NamedTuple):
     """Segments that attend in one call; padding repeats a segment's first query and last key."""
 
     query_BQ: Tensor
+    position_BQ: Tensor
     key_BK: Tensor
-    visible_BQK: Tensor
+    """In the order of their positions, padding after the last."""
+
+    @property
+    def visible_BQK(self) -> Tensor:
+        return torch.arange(self.key_BK.shape[1]) <= self.position_BQ[..., None]
 
 
 def visible(last_M: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -35,11 +40,11 @@ def visible(last_M: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return (key <= query) & (query <= last_M[key])
 
 
-def segments(predecessor_M: Tensor, longest: int = LONGEST) -> Ints:
+def segments(predecessor_M: Ints, longest: int = LONGEST) -> Ints:
     """Runs of tokens that follow each other in the tree: each rollout's new tokens, in stretches
     of at most `longest`. The first token of each and the one after its last, int64 [S, 2]."""
-    index, before_M = np.arange(len(predecessor_M)), predecessor_M.numpy()
-    starts = np.nonzero((before_M != index - 1) | (before_M < 0))[0]
+    index = np.arange(len(predecessor_M))
+    starts = np.nonzero((predecessor_M != index - 1) | (predecessor_M < 0))[0]
     lengths = np.diff(starts, append=len(index))
     stretches = -(-lengths // longest)
     nth = np.arange(stretches.sum()) - np.repeat(np.cumsum(stretches) - stretches, stretches)
@@ -47,24 +52,24 @@ def segments(predecessor_M: Tensor, longest: int = LONGEST) -> Ints:
     return np.stack([first_S, np.append(first_S[1:], len(index))], 1)
 
 
-def groups(predecessor_M: Tensor, position_M: Tensor) -> list[Group]:
-    """All segments, those of like size together."""
+def groups(predecessor: Tensor, position: Tensor) -> list[Group]:
+    """All segments, those of like size together; of each token int64 [M], as in Layout."""
+    predecessor_M, position_M = predecessor.numpy(), position.numpy()
     runs_S2 = segments(predecessor_M)
     new_S = runs_S2[:, 1] - runs_S2[:, 0]
-    keys_S = position_M.numpy()[runs_S2[:, 1] - 1] + 1
+    keys_S = position_M[runs_S2[:, 1] - 1] + 1
     order = np.lexsort((new_S, keys_S))
     runs_S2, new_S, keys_S = runs_S2[order], new_S[order], keys_S[order]
-    path_SK = _paths(runs_S2[:, 1] - 1, predecessor_M.numpy(), position_M.numpy())
+    path_SK = _paths(runs_S2[:, 1] - 1, predecessor_M, position_M)
     found: list[Group] = []
     for low, high in pairwise(_borders(new_S.tolist(), keys_S.tolist())):
         queries, keys = int(new_S[low:high].max()), int(keys_S[high - 1])
         index_Q = np.arange(queries)
         offset_BQ = np.where(index_Q < new_S[low:high, None], index_Q, 0)
-        query_BQ = torch.from_numpy(runs_S2[low:high, :1] + offset_BQ)
-        # the keys of a path lie in the order of their positions, padding after the last
-        visible_BQK = torch.arange(keys) <= position_M[query_BQ][..., None]
-        key_BK = torch.from_numpy(np.ascontiguousarray(path_SK[low:high, :keys]))
-        found.append(Group(query_BQ, key_BK, visible_BQK))
+        query_BQ = runs_S2[low:high, :1] + offset_BQ
+        key_BK = np.ascontiguousarray(path_SK[low:high, :keys])
+        columns = (query_BQ, position_M[query_BQ], key_BK)
+        found.append(Group(*map(torch.from_numpy, columns)))
     return found
 
 
@@ -80,12 +85,12 @@ def _borders(new: Sequence[int], keys: Sequence[int]) -> list[int]:
     return [*borders, len(new)]
 
 
-def rows_of(found: Sequence[Group], tokens: int) -> Tensor:
+def rows_of(query: Tensor, tokens: int) -> Tensor:
     """Where each token is in all groups' queries, flattened one after another, [M]."""
-    query = torch.cat([group.query_BQ.flatten() for group in found])
-    row_M = torch.zeros(tokens, dtype=torch.int64)
-    # a segment's first token may come again as padding: its first place
-    return row_M.scatter_reduce_(0, query, torch.arange(len(query)), "amin", include_self=False)
+    row_M = np.empty(tokens, np.int64)
+    # a segment's first token may come again as padding: the last written stays, its first place
+    row_M[query.numpy()[::-1]] = np.arange(len(query))[::-1]
+    return torch.from_numpy(row_M)
 
 
 def _paths(token_S: Ints, predecessor_M: Ints, position_M: Ints) -> Ints:

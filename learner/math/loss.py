@@ -1,6 +1,6 @@
 """The IB-TPO loss per token; the same terms for rows of trajectories and for packed trees.
 
-Shapes: B trajectories; tokens in any shape, [B, T] of padded rows or [T] of a pack.
+Shapes: B distinct trajectories of a tree; tokens in any shape, [B, T] of rows or [T] of a pack.
 Source: arXiv 2605.28109 (objective, GRPO form); k3 from http://joschu.net/blog/kl-approx.html;
 `token` is DAPO (arXiv 2503.14476), `constant` Dr. GRPO (arXiv 2503.20783).
 """
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from learner.math.packing import Floats, Ints
 
 
 class Objective(NamedTuple):
@@ -54,29 +57,35 @@ def truncated_importance(trainer_old_logp: Tensor, engine_logp: Tensor, cap: flo
     return torch.exp(trainer_old_logp - engine_logp).clamp(max=cap).detach()
 
 
-def trajectory_shares(
-    length_B: Tensor,
-    weight_B: Tensor,
-    group_B: Tensor,
+class TreeShares(NamedTuple):
+    """What each token of a tree's trajectories counts in the loss, [B], before the division by the
+    sum of `whole` over the batch's trees."""
+
+    share_B: Floats
+    whole: float
+
+
+def tree_shares(
+    length_B: Ints,
+    weight_B: Floats,
+    trajectories: int,
     *,
-    trees: int,
     length_norm: str,
     constant_tokens: int = 1,
-) -> Tensor:
-    """What each token of a trajectory counts in the batch's loss, [B].
+) -> TreeShares:
+    """`length_B`: generated tokens of a trajectory; `weight_B`: its weight in the tree (they sum
+    to 1; the paper: 1 / G); `trajectories`: G.
 
-    `length_B`: generated tokens; `weight_B`: the trajectory's weight in its tree (those of a tree
-    sum to 1; the paper: 1 / G); `group_B`: G of its tree; `trees`: trees in the denominator.
-    `trajectory`: weight / |tau| / trees. `token`: weight G / sum of all weight G |tau|.
-    `constant`: weight G / (number of trajectories * constant_tokens).
+    What comes of it in a batch: `trajectory`: weight / |tau| / trees. `token`: weight G / sum of
+    all weight G |tau|. `constant`: weight G / (number of all trajectories * constant_tokens).
     """
-    count_B = weight_B * group_B
+    count_B = weight_B * trajectories
     if length_norm == "trajectory":
-        return weight_B / length_B.clamp(min=1) / trees
+        return TreeShares(weight_B / np.maximum(length_B, 1), 1.0)
     if length_norm == "token":
-        return count_B / (count_B * length_B).sum().clamp(min=1)
+        return TreeShares(count_B, float(count_B @ length_B))
     if length_norm == "constant":
-        return count_B / (count_B.sum().clamp(min=1) * constant_tokens)
+        return TreeShares(count_B, float(count_B.sum()) * constant_tokens)
     raise ValueError(f"length_norm {length_norm!r}: trajectory | token | constant")
 
 

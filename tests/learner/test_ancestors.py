@@ -65,7 +65,7 @@ def test_segments_attend_to_their_ancestors_and_so_do_their_gradients(shapes):
 def test_segments_are_runs_of_the_tree_and_their_keys_its_paths(longest, monkeypatch):
     monkeypatch.setattr(segments, "__defaults__", (longest,))
     one = pack_of(*SHAPES[2:5])
-    runs = [range(*run) for run in segments(one.predecessor).tolist()]
+    runs = [range(*run) for run in segments(one.predecessor.numpy()).tolist()]
     assert [t for run in runs for t in run] == list(range(len(one.ids)))
     assert max(map(len, runs)) <= longest
     found, seen = groups(one.predecessor, one.position), set()
@@ -77,13 +77,13 @@ def test_segments_are_runs_of_the_tree_and_their_keys_its_paths(longest, monkeyp
                 seen.add(q)
     assert seen == set(range(len(one.ids)))
     flat = torch.cat([group.query_BQ.flatten() for group in found])
-    assert flat[rows_of(found, len(one.ids))].tolist() == list(range(len(one.ids)))
+    assert flat[rows_of(flat, len(one.ids))].tolist() == list(range(len(one.ids)))
 
 
 def test_segments_of_like_size_share_a_call_without_much_padding():
     tree = tree_of((12, 20, 6))
     one = pack(pieces_of([tree] * 8))
-    runs = [range(*run) for run in segments(one.predecessor).tolist()]
+    runs = [range(*run) for run in segments(one.predecessor.numpy()).tolist()]
     found = groups(one.predecessor, one.position)
     needed = sum(len(run) * (int(one.position[run[-1]]) + 1) for run in runs)
     assert len(found) <= len(runs) / 8

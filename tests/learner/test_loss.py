@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from learner.batch import Row
 from learner.config import LearnerConfig
 from learner.math.loss import (
     token_objective,
-    trajectory_shares,
+    tree_shares,
     truncated_importance,
     weighted_loss,
 )
@@ -166,17 +167,16 @@ def test_kl_is_zero_at_the_reference_and_positive_elsewhere():
 
 def test_what_the_normalisations_add_up_to():
     """Trajectories of 1, 3 and 4 tokens: a tree of two (one a twin, G = 3) and a tree of one."""
-    length = torch.tensor([1.0, 3.0, 4.0])
-    weight, group = torch.tensor([2 / 3, 1 / 3, 1.0]), torch.tensor([3.0, 3.0, 1.0])
+    trees = [(np.array([1, 3]), np.array([2 / 3, 1 / 3]), 3), (np.array([4]), np.array([1.0]), 1)]
     tokens = 2 * 1 + 3 + 4
     for how, want in [
-        ("trajectory", [2 / 3 / 5, 1 / 3 / 3 / 5, 1 / 4 / 5]),
+        ("trajectory", [2 / 3 / 2, 1 / 3 / 3 / 2, 1 / 4 / 2]),
         ("token", [2 / tokens, 1 / tokens, 1 / tokens]),
         ("constant", [2 / 40, 1 / 40, 1 / 40]),
     ]:
-        found = trajectory_shares(
-            length, weight, group, trees=5, length_norm=how, constant_tokens=10
-        )
-        assert found.tolist() == pytest.approx(want)
+        found = [tree_shares(*tree, length_norm=how, constant_tokens=10) for tree in trees]
+        whole = sum(one.whole for one in found)
+        shares = [share / whole for one in found for share in one.share_B.tolist()]
+        assert shares == pytest.approx(want)
     with pytest.raises(ValueError, match="length_norm"):
-        trajectory_shares(length, weight, group, trees=1, length_norm="mean")
+        tree_shares(*trees[0], length_norm="mean")

@@ -28,7 +28,7 @@ def tree_of(shape: tuple[int, int, int], seed: int = 0) -> Tree:
 
 def pieces_of(trees: list[Tree], **changes) -> list[Piece]:
     chosen = config(skip_uniform_trees=False, **changes)
-    return [p for one in trained_trees(trees, chosen) for p in drafts(one.tree, chosen).pieces(one)]
+    return [Piece(d, one) for one in trained_trees(trees, chosen) for d in drafts(one.tree, chosen)]
 
 
 def path_of(one: Pack, token: int) -> list[int]:
@@ -99,13 +99,13 @@ def test_positions_are_depths_and_intervals_are_ancestors(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_part_is_within_the_limit_or_a_single_trajectory(shape, limit):
     tree = tree_of(shape)
-    pieces = pieces_of([tree], micro_batch_tokens=limit)
-    for piece in pieces:
-        assert len(piece.ids) <= limit or bool((np.diff(piece.layout.position) == 1).all())
+    parts = drafts(tree, config(micro_batch_tokens=limit))
+    for part in parts:
+        assert len(part.ids) <= limit or bool((np.diff(part.layout.position) == 1).all())
     if len(tree.prompt) + tree.unique_tokens <= limit:
-        assert len(pieces) == 1
-    repeated = sum(len(p.ids) for p in pieces) - tree.unique_tokens
-    assert repeated >= len(tree.prompt) * len(pieces)
+        assert len(parts) == 1
+    repeated = sum(len(part.ids) for part in parts) - tree.unique_tokens
+    assert repeated >= len(tree.prompt) * len(parts)
 
 
 def test_depth_first_visits_every_node_once_children_after_parents():
