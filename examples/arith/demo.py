@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -85,6 +84,7 @@ def learn(target: str, out: Path, name: str, arguments: list[str]) -> list[dict[
         "--device=cpu",
         "--grader=exact",
         "--lr=5e-4",
+        "--grad-clip=0.15",
         "--prompts-per-step=32",
         "--prompts-ahead-steps=0",
         "--kl-weight=0",
@@ -119,7 +119,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=36, help="optimiser steps")
     parser.add_argument("--compare", action="store_true", help="also train GRPO")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         demo(arguments.out, arguments.steps, arguments.compare)
     except KeyboardInterrupt:

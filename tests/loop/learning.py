@@ -11,7 +11,7 @@ from processes import MODEL, SAMPLING, command
 
 
 def write_prompts(folder: Path, terms: int = 6) -> None:
-    train, held_out = task.split(512, 128, terms, seed=2)
+    train, held_out = task.split(512, 256, terms, seed=2)
     task.write_jsonl(folder / "train.jsonl", train)
     task.write_jsonl(folder / "held_out.jsonl", held_out)
 
@@ -27,6 +27,7 @@ def learner_command(address: str, folder: Path, *arguments: str) -> list[str]:
         "--threads=1",
         "--grader=exact",
         "--lr=5e-4",
+        "--grad-clip=0.15",
         "--prompts-ahead-steps=0",
         "--kl-weight=0",
         "--lease-s=20",
