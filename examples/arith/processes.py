@@ -77,17 +77,31 @@ class _SignalsHeld:
 
 
 @contextlib.contextmanager
-def running(line: Sequence[str], log: Path) -> Iterator[Process]:
-    """Starts a command and stops it at the end, wherever an interruption comes."""
-    process = None
+def _terminated_by_exit() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, through its `finally`; a handler set before stays."""
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if default:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        with _SignalsHeld():
-            process = Process(line, log)
-        yield process
+        yield
     finally:
-        with _SignalsHeld():
-            if process:
-                process.stop()
+        if default:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def running(line: Sequence[str], log: Path) -> Iterator[Process]:
+    """Starts a command and stops it at the end, wherever Ctrl-C or SIGTERM comes."""
+    process = None
+    with _terminated_by_exit():
+        try:
+            with _SignalsHeld():
+                process = Process(line, log)
+            yield process
+        finally:
+            with _SignalsHeld():
+                if process:
+                    process.stop()
 
 
 def command(name: str, *arguments: str) -> list[str]:
