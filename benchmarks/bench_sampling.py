@@ -148,27 +148,31 @@ class Bench:
         }
 
     async def wall(self, problems: Callable[..., list[Any]], pairs: int) -> dict[str, float]:
-        """Wall time of eager (4, 9, 1, 1) relative to independent 8, and of single trees relative
-        to rounds: medians over pairs that take turns at being first."""
-        eager, rounds = Setting("ib", PAPER, "eager"), Setting("ib", PAPER)
-        independent = Setting("independent", (8, 1, 1, 1))
+        """Wall times of (4, 9, 1, 1) trees, medians over pairs that take turns at being first:
+        `eager` relative to `independent` 8, and of single trees relative to `rounds`."""
+        independent, rounds = Setting("independent", (8, 1, 1, 1)), Setting("ib", PAPER)
+        eager, budget = Setting("ib", PAPER, "eager"), Setting("ib_budget", PAPER, "eager")
 
-        async def ratio(sets: list[list[Any]], other: Setting, pair: int) -> float:
-            took = {}
-            for setting in (eager, other) if pair % 2 else (other, eager):
+        async def took(sets: list[list[Any]], settings: list[Setting], pair: int) -> list[float]:
+            found = {}
+            for setting in settings[pair % len(settings) :] + settings[: pair % len(settings)]:
                 columns = [await self.grow(chosen, setting) for chosen in sets]
-                took[setting] = sum(sum(one["seconds"]) for one in columns)
-            return took[eager] / took[other]
+                found[setting] = sum(sum(one["seconds"]) for one in columns)
+            return [found[setting] for setting in settings]
 
-        figures = {}
+        figures: dict[str, float] = {}
         for trees in (64, 32):
             sets = [problems(trees, TASKS["chains"], 1000 * trees + pair) for pair in range(pairs)]
-            ratios = [await ratio([one], independent, pair) for pair, one in enumerate(sets)]
-            figures[f"wall_ratio_{trees}"] = statistics.median(ratios)
+            settings = [independent, eager, budget]
+            times = [await took([one], settings, pair) for pair, one in enumerate(sets)]
+            for i, name in ((1, ""), (2, "_ib_budget")):
+                ratios = [one[i] / one[0] for one in times]
+                figures[f"wall_ratio_{trees}{name}"] = statistics.median(ratios)
         ratios = []
         for pair in range(pairs):
             singles = [[problem] for problem in problems(8, TASKS["chains"], pair)]
-            ratios.append(await ratio(singles, rounds, pair))
+            slow, fast = await took(singles, [rounds, eager], pair)
+            ratios.append(fast / slow)
         figures["single_tree_ratio"] = statistics.median(ratios)
         return figures
 

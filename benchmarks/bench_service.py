@@ -29,7 +29,11 @@ HERE = Path(__file__).parent
 OUT = HERE / "out" / "service.json"
 ARITH = HERE.parent / "examples" / "arith"
 MODEL = ARITH / "model"
-IN_FLIGHT = (1, 16, 64)
+IN_FLIGHT = [1, 16, 64]
+WAVES = 3
+"""Times as many trees as are in flight: of one wave, start and end would be half of the time."""
+TREES = 400
+"""At least, in all pairs: the machine's speed changes within seconds, so pairs of few are short."""
 QUEUED = 1000
 
 
@@ -150,13 +154,15 @@ class Client:
         return float(await asyncio.to_thread(self._child.stdout.readline))
 
 
-async def throughput(served: Served, child: Client, pairs: int, problems: Any) -> dict[str, float]:
+async def throughput(
+    served: Served, child: Client, places: list[int], pairs: int, problems: Any
+) -> dict[str, float]:
     """Medians over pairs that take turns at being first."""
     figures: dict[str, float] = {}
-    for in_flight in IN_FLIGHT:
+    for in_flight in places:
         ratios, rates = [], []
-        count = max(in_flight, 12)
-        for pair in range(pairs):
+        count = WAVES * in_flight
+        for pair in range(max(pairs, TREES // count)):
             chosen = problems(count, 6, 1000 * in_flight + pair)
             ways = [served.grow, child.grow]
             if pair % 2:
@@ -207,7 +213,8 @@ async def memory(served: Served, address: str, problems: Any) -> dict[str, float
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--in-flight", type=int, nargs="*", default=IN_FLIGHT)
     parser.add_argument("--client", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.client:
@@ -222,7 +229,9 @@ async def main() -> None:
             address = await served.start()
             child = Client(address)
             try:
-                figures = await throughput(served, child, arguments.pairs, problems)
+                figures = await throughput(
+                    served, child, arguments.in_flight, arguments.pairs, problems
+                )
             finally:
                 child.stop()
             figures |= await cancellation(served, problems)
