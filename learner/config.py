@@ -143,8 +143,8 @@ class LearnerConfig(Settings):
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
     grad_clip: float = Field(default=1.0, gt=0)
-    """Global norm the gradient is clipped to. Best at about twice the usual `grad_norm`: one token
-    on which the policy decides sharply can have ten times that, and slows AdamW for many steps."""
+    """Global norm the gradient is clipped to. One token on which the policy decides sharply can
+    have ten times the usual `grad_norm`; about twice the usual keeps such steps small."""
     forward: Literal["packed", "trajectory"] = "packed"
     """packed: each token of a tree once, several trees in a sequence; trajectory: a row for each
     trajectory, slower, for models with sliding windows or layers that are no attention."""
