@@ -30,7 +30,7 @@ from ibtree.v1 import reward_pb2, reward_pb2_grpc
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "arith"))
 
 import task
-from processes import MODEL, SAMPLING, Ended, command, running, server_command, wait_until_serving
+from processes import Ended, learner_command, running, server_command, wait_until_serving
 from report import CSS, Series, chart
 
 OUT = Path(__file__).parent / "out" / "learning.json"
@@ -110,16 +110,15 @@ def learn(target: str, way: str, name: str, seed: int, tokens: int) -> Rows:
         folder.mkdir(parents=True, exist_ok=True)
         task.write_jsonl(folder / "train.jsonl", train)
         task.write_jsonl(folder / "held_out.jsonl", held_out)
-        line = command(
-            "ibtpo-learner",
-            *(f"--server={target}", f"--model={MODEL}", f"--out-dir={folder}", f"--seed={seed}"),
-            f"--prompts={folder / 'train.jsonl'}",
+        line = learner_command(
+            target,
+            folder / "train.jsonl",
+            folder,
             f"--eval-prompts={folder / 'held_out.jsonl'}",
-            *("--device=cpu", "--threads=1", "--kl-weight=0", "--lr=7e-4"),
-            f"--grader={chosen.grader}",
-            *(f"--prompts-per-step={PER_STEP}", "--prompts-ahead-steps=0", "--steps=1000"),
+            *("--threads=1", f"--seed={seed}", "--lr=7e-4", "--grad-clip=1"),
+            *(f"--grader={chosen.grader}", f"--prompts-per-step={PER_STEP}", "--steps=1000"),
             *("--checkpoint-every-steps=1000", f"--max-tokens={tokens}"),
-            *(*SAMPLING[:-1], f"--max-new-tokens={chosen.longest}", *WAYS[way]),
+            *(f"--max-new-tokens={chosen.longest}", *WAYS[way]),
         )
         with running(line, folder / "log") as process:
             if process.popen.wait():

@@ -153,26 +153,28 @@ class Bench:
         independent, rounds = Setting("independent", (8, 1, 1, 1)), Setting("ib", PAPER)
         eager, budget = Setting("ib", PAPER, "eager"), Setting("ib_budget", PAPER, "eager")
 
-        async def took(sets: list[list[Any]], settings: list[Setting], pair: int) -> list[float]:
-            found = {}
-            for setting in settings[pair % len(settings) :] + settings[: pair % len(settings)]:
+        async def took(
+            sets: list[list[Any]], settings: list[Setting], pair: int
+        ) -> dict[Setting, float]:
+            found, first = {}, pair % len(settings)
+            for setting in settings[first:] + settings[:first]:
                 columns = [await self.grow(chosen, setting) for chosen in sets]
                 found[setting] = sum(sum(one["seconds"]) for one in columns)
-            return [found[setting] for setting in settings]
+            return found
 
         figures: dict[str, float] = {}
         for trees in (64, 32):
             sets = [problems(trees, TASKS["chains"], 1000 * trees + pair) for pair in range(pairs)]
             settings = [independent, eager, budget]
             times = [await took([one], settings, pair) for pair, one in enumerate(sets)]
-            for i, name in ((1, ""), (2, "_ib_budget")):
-                ratios = [one[i] / one[0] for one in times]
+            for setting, name in ((eager, ""), (budget, "_ib_budget")):
+                ratios = [one[setting] / one[independent] for one in times]
                 figures[f"wall_ratio_{trees}{name}"] = statistics.median(ratios)
         ratios = []
         for pair in range(pairs):
             singles = [[problem] for problem in problems(8, TASKS["chains"], pair)]
-            slow, fast = await took(singles, [rounds, eager], pair)
-            ratios.append(fast / slow)
+            one = await took(singles, [rounds, eager], pair)
+            ratios.append(one[eager] / one[rounds])
         figures["single_tree_ratio"] = statistics.median(ratios)
         return figures
 

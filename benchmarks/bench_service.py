@@ -12,6 +12,7 @@ import server_ext.cpu  # isort: skip  # noqa: F401  first: SGLang's children re-
 import argparse
 import asyncio
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -162,7 +163,7 @@ async def throughput(
     for in_flight in places:
         ratios, rates = [], []
         count = WAVES * in_flight
-        for pair in range(max(pairs, TREES // count)):
+        for pair in range(max(pairs, math.ceil(TREES / count))):
             chosen = problems(count, 6, 1000 * in_flight + pair)
             ways = [served.grow, child.grow]
             if pair % 2:

@@ -122,7 +122,7 @@ def attention_times(tree: Tree, config: LearnerConfig) -> tuple[float, float]:
 
 def tree_pack(tree: Tree, config: LearnerConfig) -> Pack:
     (trained,) = trained_trees([tree], config)
-    found = pack([Piece(draft, trained) for draft in drafts(tree, config)])
+    found = pack([Piece(draft, trained) for draft in drafts(tree, trained.share_N, config)])
     return padded(found, -(-len(found.ids) // 128) * 128)
 
 

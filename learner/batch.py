@@ -27,8 +27,10 @@ class TrainedTree:
     """A tree that enters the loss."""
 
     tree: Tree
+    share_N: Floats
+    """As in Shares."""
     scale: float
-    """What the tree's Shares are multiplied by in this batch."""
+    """What they are multiplied by in this batch."""
     first: int
     """The number of its first node when the nodes of all trees of the batch are counted through."""
 
@@ -131,23 +133,21 @@ def trained_trees(
     still count where the loss is normalised, whatever the normalisation.
     """
     found = [(tree, shares_of(tree, config) if shares is None else shares(tree)) for tree in trees]
-    trained = [not (config.skip_uniform_trees and its.uniform) for _, its in found]
-    counted = [
-        its.whole
-        for (_, its), keep in zip(found, trained, strict=True)
-        if keep or config.uniform_in_denominator
+    kept = [(t, its) for t, its in found if not (config.skip_uniform_trees and its.uniform)]
+    counted = found if config.uniform_in_denominator else kept
+    scale = 1.0 / max(sum(its.whole for _, its in counted), 1.0)
+    firsts = accumulate((len(tree) for tree, _ in kept), initial=0)
+    return [
+        TrainedTree(tree, its.share_N, scale, first)
+        for (tree, its), first in zip(kept, firsts, strict=False)
     ]
-    scale = 1.0 / max(sum(counted), 1.0)
-    kept = [tree for (tree, _), keep in zip(found, trained, strict=True) if keep]
-    firsts = accumulate((len(tree) for tree in kept), initial=0)
-    return [TrainedTree(tree, scale, first) for tree, first in zip(kept, firsts, strict=False)]
 
 
 def tree_rows(trained: TrainedTree, config: LearnerConfig) -> list[Row]:
     """A row for each node with which trajectories end."""
     tree = trained.tree
     advantages = tree_advantages(tree, config).tolist()
-    shares = (shares_of(tree, config).share_N * trained.scale).tolist()
+    shares = (trained.share_N * trained.scale).tolist()
     rows, seen = [], set[int]()
     for end in tree.end_nodes():
         path = tree.path(end)

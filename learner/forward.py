@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ibtree.tree import Tree
 from learner.attention import BLOCK, FlexTreeAttention, SegmentAttention, TreeAttention
-from learner.batch import Rows, TrainedTree, pad, split_rows, tree_rows
+from learner.batch import Rows, Shares, TrainedTree, pad, split_rows, tree_rows
 from learner.config import LearnerConfig
 from learner.fits import prepare
 from learner.kept import Kept
@@ -64,13 +64,19 @@ class PackedBatch(Pack):
 class PackedForward:
     """One pass over the unique tokens; several trees in a sequence, large ones in parts."""
 
-    def __init__(self, models: Sequence[Any], config: LearnerConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        models: Sequence[Any],
+        config: LearnerConfig,
+        device: torch.device,
+        shares: Callable[[Tree], Shares],
+    ) -> None:
         for model in models:
             prepare(model)
             # a method of the model: FSDP gathers its weights around methods alone
             model.packed_logprobs = partial(packed_logprobs, model)
         self._config, self._device = config, device
-        self._drafts = Kept(partial(drafts, config=config))
+        self._drafts = Kept(lambda tree: drafts(tree, shares(tree).share_N, config))
 
     def prepare(self, tree: Tree) -> None:
         self._drafts.prepare(tree)
@@ -128,15 +134,20 @@ class TrajectoryForward:
 
 
 def forward_of(
-    config: LearnerConfig, policy: Any, reference: Any | None, device: torch.device
+    config: LearnerConfig,
+    policy: Any,
+    reference: Any | None,
+    device: torch.device,
+    shares: Callable[[Tree], Shares],
 ) -> Forward:
-    """What `--forward` names. Raises FieldError for a model that packed trees do not fit."""
+    """What `--forward` names; `shares` as shares_of. Raises FieldError for a model that packed
+    trees do not fit."""
     if config.activation_checkpointing:
         checkpoint_activations(policy)
     if config.forward == "trajectory":
         return TrajectoryForward(config, device)
     models = [policy] if reference is None else [policy, reference]
-    return PackedForward(models, config, device)
+    return PackedForward(models, config, device, shares)
 
 
 def bucket(tokens: int, limit: int) -> int:

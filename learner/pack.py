@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ibtree.tree import Floats, Ints, Tree
-from learner.batch import TrainedTree, shares_of, tree_advantages
+from learner.batch import TrainedTree, tree_advantages
 from learner.config import LearnerConfig
 from learner.math.packing import (
     Layout,
@@ -84,14 +84,15 @@ def depth_first(tree: Tree) -> list[int]:
     return order
 
 
-def drafts(tree: Tree, config: LearnerConfig) -> list[Draft]:
-    """The tree, in several parts if it has more than `micro_batch_tokens` unique tokens."""
+def drafts(tree: Tree, share_N: Floats, config: LearnerConfig) -> list[Draft]:
+    """The tree, in several parts if it has more than `micro_batch_tokens` unique tokens; `share_N`
+    as in Shares."""
     order = depth_first(tree)
     at = {node: i for i, node in enumerate(order)}
     parents = [at[tree.parents[node]] for node in order]
     lengths = [len(tree.prompt), *(len(tree.steps[node].token_ids) for node in order[1:])]
     advantage_N, weight_N = tree_advantages(tree, config).numpy(), np.zeros(len(tree))
-    weight_N[order] = subtree_sums(subtree_stops(parents), shares_of(tree, config).share_N[order])
+    weight_N[order] = subtree_sums(subtree_stops(parents), share_N[order])
     return [
         _draft(tree, order, parents, lengths, advantage_N, weight_N, part)
         for part in cut(parents, lengths, config.micro_batch_tokens)
@@ -134,28 +135,28 @@ def packs(pieces: Sequence[Piece], micro_batch_tokens: int) -> Iterator[Pack]:
 
 def pack(pieces: Sequence[Piece]) -> Pack:
     """These pieces in one sequence; none sees another."""
-    drafts = [piece.draft for piece in pieces]
-    lengths = [len(draft.ids) for draft in drafts]
+    parts = [piece.draft for piece in pieces]
+    lengths = [len(draft.ids) for draft in parts]
     starts = np.cumsum([0, *lengths[:-1]])
     moved = np.repeat(starts, lengths)
 
-    def joined(parts: Iterable[Ints | Floats]) -> Any:
-        return np.concatenate(list(parts))
+    def joined(columns: Iterable[Ints | Floats]) -> Any:
+        return np.concatenate(list(columns))
 
-    predecessor = joined(draft.layout.predecessor for draft in drafts)
-    columns = {
-        "ids": joined(draft.ids for draft in drafts),
-        "position": joined(draft.layout.position for draft in drafts),
+    predecessor = joined(draft.layout.predecessor for draft in parts)
+    found = {
+        "ids": joined(draft.ids for draft in parts),
+        "position": joined(draft.layout.position for draft in parts),
         "predecessor": np.where(predecessor < 0, predecessor, predecessor + moved),
-        "last": joined(draft.layout.last for draft in drafts) + moved,
-        "target": joined(d.target + start for d, start in zip(drafts, starts, strict=True)),
-        "old_logp": joined(draft.old_logp for draft in drafts),
-        "versions": joined(draft.versions for draft in drafts),
+        "last": joined(draft.layout.last for draft in parts) + moved,
+        "target": joined(d.target + start for d, start in zip(parts, starts, strict=True)),
+        "old_logp": joined(draft.old_logp for draft in parts),
+        "versions": joined(draft.versions for draft in parts),
         "node": joined(draft.node + one.first for draft, one in pieces),
-        "advantage": joined(draft.advantage for draft in drafts),
+        "advantage": joined(draft.advantage for draft in parts),
         "weight": joined(draft.weight * one.scale for draft, one in pieces),
     }
-    return Pack(**{name: torch.from_numpy(column) for name, column in columns.items()})
+    return Pack(**{name: torch.from_numpy(column) for name, column in found.items()})
 
 
 def padded(pack: Pack, tokens: int) -> Pack:

@@ -96,8 +96,8 @@ class Trainer:
         ranks: Ranks = ALONE,
     ) -> None:
         self.policy, self._reference = policy, reference
-        self._config, self._forward = config, forward_of(config, policy, reference, device)
-        self._shares = Kept(partial(shares_of, config=config))
+        self._config, self._shares = config, Kept(partial(shares_of, config=config))
+        self._forward = forward_of(config, policy, reference, device, self._shares)
         self._ranks = ranks
         shard(policy, ranks, config, trained=True)
         if reference is not None:

@@ -21,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import task
 from processes import (
     MODEL,
-    SAMPLING,
     Ended,
     Process,
-    command,
+    learner_command,
     running,
     server_command,
     wait_until_serving,
@@ -74,21 +73,12 @@ def show(row: dict[str, Any]) -> None:
 def learn(target: str, out: Path, name: str, arguments: list[str]) -> list[dict[str, Any]]:
     """Trains with these arguments; returns the rows of metrics.jsonl."""
     folder = out / name
-    line = command(
-        "ibtpo-learner",
-        f"--server={target}",
-        f"--model={MODEL}",
-        f"--prompts={out / 'train.jsonl'}",
+    line = learner_command(
+        target,
+        out / "train.jsonl",
+        folder,
         f"--eval-prompts={out / 'held_out.jsonl'}",
-        f"--out-dir={folder}",
-        "--device=cpu",
-        "--grader=exact",
-        "--lr=5e-4",
-        "--grad-clip=0.15",
         "--prompts-per-step=32",
-        "--prompts-ahead-steps=0",
-        "--kl-weight=0",
-        *SAMPLING,
         *arguments,
     )
     with running(line, out / f"{name}.log") as process:

@@ -131,6 +131,26 @@ def server_command(
     )
 
 
+def learner_command(server: str, prompts: Path, out_dir: Path, *arguments: str) -> list[str]:
+    """An ibtpo-learner of the arith model on the CPU, on-policy; of an option given twice the last
+    counts."""
+    return command(
+        "ibtpo-learner",
+        f"--server={server}",
+        f"--model={MODEL}",
+        f"--prompts={prompts}",
+        f"--out-dir={out_dir}",
+        "--device=cpu",
+        "--grader=exact",
+        "--lr=5e-4",
+        "--grad-clip=0.15",
+        "--prompts-ahead-steps=0",
+        "--kl-weight=0",
+        *SAMPLING,
+        *arguments,
+    )
+
+
 class Addresses(NamedTuple):
     """Of a server's ports, as host:port."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from ibtree.tree import Tree
 from learner.attention import BLOCK, FlexTreeAttention, SegmentAttention
-from learner.batch import trained_trees
+from learner.batch import shares_of, trained_trees
 from learner.forward import BUCKETS, PackedForward, bucket
 from learner.pack import padded
 from learner.trainer import StepFigures, Trainer
@@ -165,7 +166,7 @@ def test_flex_attention_in_the_model_gives_the_same_log_probabilities(kind):
     """As on a GPU, but forward only and not compiled: padded, block mask, grouped heads."""
     model = model_of(kind, 1)
     model.requires_grad_(False)
-    forward = PackedForward([model], config(skip_uniform_trees=False), CPU)
+    forward = packed_forward(model, skip_uniform_trees=False)
     batch = next(iter(forward.batches(trained_trees(all_shapes(), config()))))
     long = padded(batch, bucket(len(batch.ids), 4096))
     assert len(long.ids) % BLOCK == 0 and len(long.ids) > len(batch.ids)
@@ -174,9 +175,14 @@ def test_flex_attention_in_the_model_gives_the_same_log_probabilities(kind):
     assert torch.allclose(found, want, atol=1e-4)
 
 
+def packed_forward(model: Any, **changes: Any) -> PackedForward:
+    chosen = config(**changes)
+    return PackedForward([model], chosen, CPU, partial(shares_of, config=chosen))
+
+
 def test_trees_prepared_ahead_give_the_same_packs_and_are_forgotten_with_the_trees():
     model = model_of("Qwen2", 1)
-    forward = PackedForward([model], config(micro_batch_tokens=100), CPU)
+    forward = packed_forward(model, micro_batch_tokens=100)
     trees = all_shapes()
     want = list(forward.batches(trained_trees(trees, config())))
     for tree in trees[::2]:

@@ -28,7 +28,11 @@ def tree_of(shape: tuple[int, int, int], seed: int = 0) -> Tree:
 
 def pieces_of(trees: list[Tree], **changes) -> list[Piece]:
     chosen = config(skip_uniform_trees=False, **changes)
-    return [Piece(d, one) for one in trained_trees(trees, chosen) for d in drafts(one.tree, chosen)]
+    return [
+        Piece(draft, one)
+        for one in trained_trees(trees, chosen)
+        for draft in drafts(one.tree, one.share_N, chosen)
+    ]
 
 
 def path_of(one: Pack, token: int) -> list[int]:
@@ -99,7 +103,7 @@ def test_positions_are_depths_and_intervals_are_ancestors(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_part_is_within_the_limit_or_a_single_trajectory(shape, limit):
     tree = tree_of(shape)
-    parts = drafts(tree, config(micro_batch_tokens=limit))
+    parts = [piece.draft for piece in pieces_of([tree], micro_batch_tokens=limit)]
     for part in parts:
         assert len(part.ids) <= limit or bool((np.diff(part.layout.position) == 1).all())
     if len(tree.prompt) + tree.unique_tokens <= limit:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import processes
 import task
-from processes import MODEL, SAMPLING, command
 
 
 def write_prompts(folder: Path, terms: int = 6) -> None:
@@ -17,22 +17,8 @@ def write_prompts(folder: Path, terms: int = 6) -> None:
 
 
 def learner_command(address: str, folder: Path, *arguments: str) -> list[str]:
-    return command(
-        "ibtpo-learner",
-        f"--server={address}",
-        f"--model={MODEL}",
-        f"--prompts={folder / 'train.jsonl'}",
-        f"--out-dir={folder / 'run'}",
-        "--device=cpu",
-        "--threads=1",
-        "--grader=exact",
-        "--lr=5e-4",
-        "--grad-clip=0.15",
-        "--prompts-ahead-steps=0",
-        "--kl-weight=0",
-        "--lease-s=20",
-        *SAMPLING,
-        *arguments,
+    return processes.learner_command(
+        address, folder / "train.jsonl", folder / "run", "--threads=1", "--lease-s=20", *arguments
     )
 
 
