@@ -99,6 +99,12 @@ def _warn(run: Run, figures: StepFigures) -> None:
             f"warning: step {step}: loss {figures.loss} and gradient {figures.grad_norm} are not "
             "finite; weights unchanged"
         )
+    if not figures.trained_trees:  # a run without any reward would stay as it is for ever
+        stale, reward = (run.state.figures[name] for name in ("stale_trees", "reward"))
+        run.report.say(
+            f"warning: step {step}: no tree to train on, {stale:.0f} too old, the others of one "
+            f"reward each (mean {reward:.3g}); weights unchanged"
+        )
     if gap > run.config.log_prob_gap_alarm:
         run.report.say(f"warning: engine and trainer differ by {gap:.3g} nats")
     if run.state.bad_steps >= run.config.max_bad_steps:

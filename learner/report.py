@@ -121,7 +121,7 @@ class Reporter:
         line = "  ".join(f"{name} {figures[name]:.3g}" for name in _SHOWN)
         self._progress.update(self._task, completed=step, description=line)
         if not self._console.is_terminal:
-            self._console.print(f"step {step}  {line}", highlight=False)
+            self._console.print(f"step {step}  {line}", highlight=False, soft_wrap=True)
 
     def accuracy(self, step: int, accuracy: Accuracy) -> None:
         """A held-out evaluation."""
@@ -148,7 +148,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """A line that stays above the progress line."""
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text, highlight=False, soft_wrap=True)
 
     def _write(self, kind: str, step: int, figures: Figures) -> None:
         seconds = time.monotonic() - self._began

@@ -200,6 +200,20 @@ def test_steps_without_a_finite_gradient_are_skipped_and_too_many_stop_the_run(s
     assert "4 steps in a row" in again and len(rows(one)) == 6
 
 
+def unrewarded(tree: tree_pb2.Tree) -> None:
+    tree.reward_sums[:] = [0.0] * len(tree.reward_sums)
+
+
+def test_a_step_without_a_tree_to_compare_warns_and_the_run_goes_on(site, model, capfd):
+    site.spoil = dict.fromkeys(range(4), unrewarded)
+    one = learner(site, model, "--steps=2")
+    assert one.run_here() == ""
+    assert [row["updates"] for row in rows(one)] == [0, 1]
+    said = [line for line in capfd.readouterr().err.splitlines() if "no tree to train on" in line]
+    assert len(said) == 1
+    assert "warning: step 1" in said[0] and "reward each (mean 0)" in said[0]
+
+
 @pytest.mark.parametrize(
     ("limit_bytes", "what"), [(300_000, "checkpoint"), (8_000, "weights to publish")]
 )
