@@ -115,7 +115,7 @@ def learn(target: str, way: str, name: str, seed: int, tokens: int) -> Rows:
             folder / "train.jsonl",
             folder,
             f"--eval-prompts={folder / 'held_out.jsonl'}",
-            *("--threads=1", f"--seed={seed}", "--lr=7e-4", "--grad-clip=1"),
+            *("--threads=1", f"--seed={seed}"),
             *(f"--grader={chosen.grader}", f"--prompts-per-step={PER_STEP}", "--steps=1000"),
             *("--checkpoint-every-steps=1000", f"--max-tokens={tokens}"),
             *(f"--max-new-tokens={chosen.longest}", *WAYS[way]),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packing_trees import synthetic_tree
+from packing_trees import flat_tokens, packed_tokens, synthetic_tree
 
 from learner.config import LearnerConfig
 from learner.model import load_policy
@@ -40,8 +40,8 @@ class Arm:
         self.vocabulary = self.trainer.policy.config.vocab_size
 
     def step(self, seed: int, prompt: int, tokens: int, step: int) -> dict[str, float]:
-        """One step on a tree: seconds, of the clock and of the processor, and how far memory rose
-        above what was held before."""
+        """One step on a tree: seconds, of the clock and of the processor, how far memory rose above
+        what was held before, and the tokens of all trajectories over the tree's."""
         shape = {"prompt": prompt, "tokens": tokens, "step": step, "vocabulary": self.vocabulary}
         tree = synthetic_tree(random.Random(seed), **shape)
         self.trainer.optimizer.zero_grad(set_to_none=True)
@@ -53,6 +53,7 @@ class Arm:
             "seconds": time.perf_counter() - began,
             "cpu_seconds": time.process_time() - began_cpu,
             "peak_mb": memory_mb("VmHWM") - before,
+            "token_ratio": flat_tokens(tree) / packed_tokens(tree),
         }
 
     def gradient(self, file: str, **shape: int) -> dict[str, float]:

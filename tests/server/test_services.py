@@ -133,10 +133,11 @@ async def test_an_open_tree_counts_as_interactive_and_is_never_leased(site):
 async def hung_call(site: Site, **options) -> grpc.aio.Call:
     """A SampleTree call whose rollouts hang in the engine."""
     site.engine.go_on.clear()
+    before = len(site.engine.running)
     request = sampling_pb2.SampleTreeRequest(prompt=prompt_to_proto(prompt(**options)))
     call = site.raw_sampling.SampleTree(request)
     reading = asyncio.ensure_future(call.read())
-    await until(lambda: len(site.engine.running) >= 3)
+    await until(lambda: len(site.engine.running) >= before + DEFAULTS.init_rollouts)
     call.reading = reading
     return call
 
