@@ -139,7 +139,7 @@ async def test_calls_go_before_queued_prompts(tmp_path):
         call = asyncio.create_task(site.client.sample_tree(prompt(id="mine")))
         await until(lambda: site.forest.calls.growing == 1)
         before = len(site.engine.requests)
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.05)  # until its rollouts wait for their turns
         site.engine.go_on.set()
         tree = await call
         mine = [rid.startswith("mine/") for rid in site.engine.requests[before:]]
