@@ -5,8 +5,8 @@ it first). The sparse task rewards a derivation only if every step is right: a r
 process says so (of guessed digits at the end one in ten would be right). Accuracy while learning is
 that of the first rollouts of each step's trees, which no branching inflates; at the end 256
 held-out problems are asked. Writes a table and, with the curves, benchmarks/out/learning.html.
-`--tasks`, `--ways`, `--seeds` and `--tokens` make it shorter; runs that are there already are not
-run again.
+`--tasks`, `--ways`, `--seeds` and `--tokens` make it shorter; runs that are there already, with the
+same settings, are not run again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator
@@ -102,28 +103,30 @@ def serving(grader: str) -> Iterator[str]:
 
 
 def learn(target: str, way: str, name: str, seed: int, tokens: int) -> Rows:
-    folder = RUNS / f"{name}-{way}-{seed}-{tokens}"
-    metrics = folder / "metrics.jsonl"
-    if not (folder / "last").exists():
-        chosen = TASKS[name]
+    folder, chosen = RUNS / f"{name}-{way}-{seed}-{tokens}", TASKS[name]
+    line = learner_command(
+        target,
+        folder / "train.jsonl",
+        folder,
+        f"--eval-prompts={folder / 'held_out.jsonl'}",
+        *("--threads=1", f"--seed={seed}", "--lr=3e-4"),
+        *(f"--grader={chosen.grader}", f"--prompts-per-step={PER_STEP}", "--steps=1000"),
+        *("--checkpoint-every-steps=1000", f"--max-tokens={tokens}"),
+        *(f"--max-new-tokens={chosen.longest}", *WAYS[way]),
+    )
+    settings = "\n".join(word for word in line if not word.startswith("--server="))
+    done = folder / "settings"
+    if not done.is_file() or done.read_text() != settings:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         train, held_out = task.split(4096, HELD_OUT, chosen.terms, seed)
-        folder.mkdir(parents=True, exist_ok=True)
         task.write_jsonl(folder / "train.jsonl", train)
         task.write_jsonl(folder / "held_out.jsonl", held_out)
-        line = learner_command(
-            target,
-            folder / "train.jsonl",
-            folder,
-            f"--eval-prompts={folder / 'held_out.jsonl'}",
-            *("--threads=1", f"--seed={seed}"),
-            *(f"--grader={chosen.grader}", f"--prompts-per-step={PER_STEP}", "--steps=1000"),
-            *("--checkpoint-every-steps=1000", f"--max-tokens={tokens}"),
-            *(f"--max-new-tokens={chosen.longest}", *WAYS[way]),
-        )
         with running(line, folder / "log") as process:
             if process.popen.wait():
                 raise Ended(f"{way}: the learner's last words:\n{process.last_words()}")
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+        done.write_text(settings)
+    return [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def figures_of(rows: Rows) -> dict[str, float]:

@@ -142,7 +142,7 @@ def learner_command(server: str, prompts: Path, out_dir: Path, *arguments: str) 
         f"--out-dir={out_dir}",
         "--device=cpu",
         "--grader=exact",
-        "--lr=3e-4",
+        "--lr=4e-4",
         "--grad-clip=0.15",
         "--prompts-ahead-steps=0",
         "--kl-weight=0",
