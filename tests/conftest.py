@@ -16,11 +16,20 @@ ENGINES = {"fault", "loop", "radix"}
 """Folders whose tests start engines."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker has all engines, so that there is one at a time."""
     for item in items:
         if item.path.parent.name in ENGINES:
             item.add_marker(pytest.mark.xdist_group("engines"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """xdist 3.8 names a test's group in its id; pytest 9.2 does not let it, and says nothing."""
+    if session.config.getoption("loadgroup", False):
+        marked = [item for item in session.items if item.get_closest_marker("xdist_group")]
+        if not all(item.nodeid.endswith("@engines") for item in marked):
+            raise pytest.UsageError("xdist does not group tests: two workers would have engines")
 
 
 @pytest.fixture(scope="session")

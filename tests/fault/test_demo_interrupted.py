@@ -40,6 +40,8 @@ def test_nothing_is_left_running(tmp_path: Path, moment_s: float, number: signal
         [sys.executable, ROOT / "examples/arith/demo.py", f"--out={tmp_path / 'demo'}"],
         env={**os.environ, name: value},
         start_new_session=True,
+        # what a shell starts in the background, and all below it, would ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         with pytest.raises(subprocess.TimeoutExpired):
