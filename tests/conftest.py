@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,12 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("engines"))
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     """xdist 3.8 names a test's group in its id; pytest 9.2 does not let it, and says nothing."""
-    if session.config.getoption("loadgroup", False):
-        marked = [item for item in session.items if item.get_closest_marker("xdist_group")]
-        if not all(item.nodeid.endswith("@engines") for item in marked):
-            raise pytest.UsageError("xdist does not group tests: two workers would have engines")
+    folders = tuple(f"tests/{name}/" for name in ENGINES)
+    engines = [id_ for id_ in ids if id_.startswith(folders)]
+    grouped = all(id_.endswith("@engines") for id_ in engines)
+    if node.config.getoption("dist") == "loadgroup" and not grouped:
+        pytest.exit("xdist does not group tests: two workers would have engines", returncode=4)
 
 
 @pytest.fixture(scope="session")
