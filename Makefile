@@ -3,7 +3,6 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := .venv/.ready
-PROTOS := $(wildcard protos/ibtree/v1/*.proto)
 
 .PHONY: setup demo test lint protos bench soak soak-weights clean
 .DELETE_ON_ERROR:
@@ -34,9 +33,7 @@ lint: setup
 	.venv/bin/lint-imports
 
 protos: setup
-	rm -f ibtree/v1/*_pb2*
-	PATH=.venv/bin:$$PATH $(PY) -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. \
-	  --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
+	$(PY) protos/generate.py
 
 # `make bench-NAME` prints a table and writes benchmarks/out/NAME.json; `make bench` runs them all.
 bench: $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py))
@@ -49,7 +46,7 @@ soak: setup
 	IBTPO_SOAK=1 $(PY) -m pytest tests/fault tests/learner/test_resume.py
 
 soak-weights: setup
-	IBTPO_SOAK=1 $(PY) -m pytest --timeout 3000 tests/server/test_weights_killed.py \
+	IBTPO_SOAK=1 $(PY) -m pytest --timeout 3000 tests/server_ext/weights/test_killed.py \
 	  tests/loop/test_weights_in_flight.py
 
 clean:

@@ -1,7 +1,7 @@
 """`make bench-grading`: gradings a second of `math`, with two grading processes.
 
 Worked answers as models write them, half of them wrong: in equal shares marked, boxed, with units,
-as a sentence, with trailing text (as in tests/server/test_rewards_gsm8k.py), and by themselves
+as a sentence, with trailing text (as in tests/server_ext/rewards/test_gsm8k.py), and by themselves
 formulas as in the MATH data set, of which no two are alike.
 """
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from ibtree.v1 import reward_pb2, reward_pb2_grpc
+from ibtree.wire.v1 import reward_pb2, reward_pb2_grpc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "arith"))
 

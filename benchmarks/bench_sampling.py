@@ -7,7 +7,7 @@ table, wall (wall times of the schedules); without a name both. `--problems`, `-
 
 from __future__ import annotations
 
-import server_ext.cpu  # isort: skip  # noqa: F401  first: SGLang's children re-import this module
+import server_ext.engine.cpu  # isort: skip  # noqa: F401  first: SGLang's children re-import this module
 
 import argparse
 import asyncio
@@ -91,11 +91,11 @@ class Bench:
     """An engine, and a forest on it."""
 
     def __init__(self, at_once: int) -> None:
-        from ibtree.options import SamplingOptions, TreeOptions
+        from ibtree.tree.options import SamplingOptions, TreeOptions
+        from server_ext.engine.sglang import SglangEngine
         from server_ext.rewards.base import Graders
         from server_ext.rewards.exact import ExactGrader
-        from server_ext.sglang_engine import SglangEngine
-        from server_ext.text import Tokenizer
+        from server_ext.trees.text import Tokenizer
 
         self.engine = SglangEngine(str(MODEL), "cpu", "float32", 600.0, [])
         tokenizer = Tokenizer(MODEL)
@@ -108,8 +108,10 @@ class Bench:
         self.at_once = at_once
 
     async def grow(self, problems: list[Any], setting: Setting) -> Columns:
+        from engines import flush
+
         from ibtree.messages import Prompt
-        from ibtree.options import changed
+        from ibtree.tree.options import changed
 
         b0, rounds, k, b = setting.shape
         options = changed(
@@ -127,7 +129,7 @@ class Bench:
             async with self.forest.places:
                 return await self.forest.grow(job, lambda _: None, time.time())
 
-        await self.engine.flush()  # what one setting computed must not help the next
+        await flush(self.engine)  # what one setting computed must not help the next
         began = time.perf_counter()
         trees = await asyncio.gather(*(one(problem) for problem in problems))
         return columns_of(trees, time.perf_counter() - began)
@@ -211,7 +213,7 @@ async def main() -> None:
     sys.path.insert(0, str(ARITH))
     from task import problems
 
-    from ibtree.options import SamplingOptions
+    from ibtree.tree.options import SamplingOptions
 
     figures: dict[str, float] = json.loads(OUT.read_text()) if OUT.is_file() else {}
     bench = Bench(arguments.at_once)

@@ -7,7 +7,7 @@ server's memory is watched.
 
 from __future__ import annotations
 
-import server_ext.cpu  # isort: skip  # noqa: F401  first: SGLang's children re-import this module
+import server_ext.engine.cpu  # isort: skip  # noqa: F401  first: SGLang's children re-import this module
 
 import argparse
 import asyncio
@@ -48,11 +48,11 @@ class Served:
     """An engine, a forest on it, and the two services that clients use, over loopback."""
 
     def __init__(self, folder: Path) -> None:
-        from ibtree.options import SamplingOptions, TreeOptions
+        from ibtree.tree.options import SamplingOptions, TreeOptions
+        from server_ext.engine.sglang import SglangEngine
         from server_ext.rewards.base import Graders
         from server_ext.rewards.exact import ExactGrader
-        from server_ext.sglang_engine import SglangEngine
-        from server_ext.text import Tokenizer
+        from server_ext.trees.text import Tokenizer
 
         self.engine = SglangEngine(str(MODEL), "cpu", "float32", 600.0, [])
         sampling = SamplingOptions(temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=128)
@@ -66,12 +66,12 @@ class Served:
         """The address it serves on."""
         import grpc
 
-        from ibtree.options import SamplingOptions
-        from ibtree.v1 import queue_pb2_grpc, sampling_pb2, sampling_pb2_grpc
-        from ibtree.wire import tree_to_proto
-        from ibtree.wire_calls import prompt_from_proto
-        from server_ext.journal import Journal
-        from server_ext.producer import JournalThread, Producer
+        from ibtree.tree.options import SamplingOptions
+        from ibtree.wire.messages import prompt_from_bytes
+        from ibtree.wire.trees import tree_to_bytes
+        from server_ext.queue.journal import Journal
+        from server_ext.queue.journal_thread import JournalThread
+        from server_ext.queue.producer import Producer
         from server_ext.services.queue import QueueService
         from server_ext.services.sampling import SamplingService
 
@@ -81,14 +81,14 @@ class Served:
         producer = Producer(
             self.journal,
             self.forest,
-            lambda data: prompt_from_proto(sampling_pb2.Prompt.FromString(data), defaults),
-            lambda tree: tree_to_proto(tree).SerializeToString(),
+            lambda data: prompt_from_bytes(data, defaults),
+            tree_to_bytes,
         )
         sampling = SamplingService(self.forest, self.journal, producer, 100_000)
         queue = QueueService(self.journal, producer, 600.0, lambda: sampling.interactive)
         self.server = grpc.aio.server()
-        sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, self.server)
-        queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, self.server)
+        sampling.add_to(self.server)
+        queue.add_to(self.server)
         address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()
         self.producing = asyncio.create_task(producer.run())
@@ -179,6 +179,8 @@ async def throughput(
 
 async def cancellation(served: Served, problems: Any) -> dict[str, float]:
     """Seconds from the cancellation of 64 growing trees until the engine runs nothing."""
+    from engines import flush
+
     took = []
     for attempt in range(5):
         growing = asyncio.create_task(served.grow(problems(64, 10, attempt), 64))
@@ -187,7 +189,7 @@ async def cancellation(served: Served, problems: Any) -> dict[str, float]:
         growing.cancel()
         began = time.perf_counter()
         await asyncio.wait([growing])
-        await served.engine.flush()  # refused while anything runs
+        await flush(served.engine)  # refused while anything runs
         took.append(time.perf_counter() - began)
     return {"cancel_frees_s": statistics.median(took)}
 

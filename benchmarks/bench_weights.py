@@ -28,11 +28,13 @@ from weights_load import engine_figures
 from weights_model import make_model, train
 
 from ibtree import Client
-from ibtree.weight_delta import write_delta
-from ibtree.weights import CHUNK_BYTES, make_manifest, write_file
-from learner.ranks import ALONE
-from learner.shards import weights_of
-from server_ext.weights.host import HostCopy
+from ibtree.weights.delta import write_delta
+from ibtree.weights.manifest import CHUNK_BYTES
+from ibtree.weights.tensor_files import make_manifest, write_file
+from learner.dist.process_group import ALONE
+from learner.dist.state import weights_of
+from server_ext.weights.host_copy import HostCopy
+from server_ext.weights.store import WeightStore
 
 HERE = Path(__file__).parent
 OUT = HERE / "out" / "weights.json"
@@ -59,13 +61,13 @@ def delta_figures(folder: Path, parameters: float) -> dict[str, float]:
     manifest = make_manifest(new, 21, "model")
     encode_s, apply_s = [], []
     for _ in range(REPEATS):
-        host = HostCopy()
-        host.load([old])
+        host = HostCopy(WeightStore(folder / "store", "model"), folder)
+        host.read_files([old])
         begin = time.perf_counter()
         write_delta(old, new, delta)
         assert make_manifest(new, 21, "model") == manifest  # hashes what the delta has to give
         encode_s.append(time.perf_counter() - begin)
-        apply_s.append(timed(lambda host=host: host.add(delta)))  # and hashes what it gave
+        apply_s.append(timed(lambda host=host: host.apply_delta(delta)))  # and hashes what it gave
         assert host.digest == manifest.digest, "not the new version to the bit"
     seconds = [a + b for a, b in zip(encode_s, apply_s, strict=True)]
     return {

@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ibtree.options import TreeOptions
-from ibtree.score import best, candidates, ib_scores
 from ibtree.tree import Finish, Step, Tree
-from ibtree.v1 import tree_pb2
-from ibtree.wire import tree_from_proto, tree_to_proto
+from ibtree.tree.options import TreeOptions
+from ibtree.tree.score import best, candidates, ib_scores
+from ibtree.wire.trees import tree_from_proto, tree_to_proto
+from ibtree.wire.v1 import tree_pb2
 
 OUT = Path(__file__).parent / "out" / "wire.json"
 

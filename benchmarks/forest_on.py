@@ -16,8 +16,8 @@ def forest_on(
     cache_tokens: int | None = None,
 ) -> Any:
     """`at_once` trees grow at the same time for whoever holds the forest's `places`."""
-    from server_ext.forest import Forest
-    from server_ext.limits import Limits
+    from server_ext.trees.forest import Forest
+    from server_ext.trees.limits import Limits
 
     return Forest(
         engine,

@@ -16,8 +16,8 @@ import torch
 from packing_trees import flat_tokens, packed_tokens, synthetic_tree
 
 from learner.config import LearnerConfig
-from learner.model import load_policy
-from learner.trainer import Trainer
+from learner.train.model import load_policy
+from learner.train.trainer import Trainer
 
 
 class Arm:

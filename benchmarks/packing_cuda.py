@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ibtree.tree import Tree
-from learner.attention import FlexTreeAttention
-from learner.batch import trained_trees
 from learner.config import LearnerConfig
-from learner.model import mend_torchvision
-from learner.pack import Pack, Piece, drafts, pack, padded
-from learner.trainer import Trainer
+from learner.train.model import mend_torchvision
+from learner.train.trainer import Trainer
+from learner.tree.attention import FlexTreeAttention
+from learner.tree.pack import Pack, Piece, drafts, pack, padded
+from learner.tree.training import trained_trees
 
 mend_torchvision()  # before anything imports transformers
 

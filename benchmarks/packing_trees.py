@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import random
 
-from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Step, Tree
+from ibtree.tree.options import TreeOptions
 
 
 def synthetic_tree(

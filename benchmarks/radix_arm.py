@@ -5,7 +5,7 @@ Reads commands as JSON lines on standard input, answers each with one JSON line.
 
 from __future__ import annotations
 
-import server_ext.cpu  # isort: skip  # noqa: F401  first: SGLang's children re-import this module
+import server_ext.engine.cpu  # isort: skip  # noqa: F401  first: SGLang's children re-import this module
 
 import asyncio
 import dataclasses
@@ -39,13 +39,16 @@ class Arm:
     """An engine, and a forest that grows on it."""
 
     def __init__(self, model: str, radix_cache: str, arguments: list[str]) -> None:
-        from ibtree.options import SamplingOptions, TreeOptions
+        from engines import DefaultCacheEngine
+
+        from ibtree.tree.options import SamplingOptions, TreeOptions
+        from server_ext.engine.sglang import SglangEngine
         from server_ext.rewards.base import Graders
         from server_ext.rewards.exact import ExactGrader
-        from server_ext.sglang_engine import SglangEngine
-        from server_ext.text import Tokenizer
+        from server_ext.trees.text import Tokenizer
 
-        self.engine = SglangEngine(model, "cpu", "float32", 600.0, arguments, radix_cache)
+        engine = SglangEngine if radix_cache == "ibtree" else DefaultCacheEngine
+        self.engine = engine(model, "cpu", "float32", 600.0, arguments)
         self.tokenizer = Tokenizer(Path(model))
         self.graders = Graders({"exact": ExactGrader("####"), "hash": HashGrader()})
         self.defaults = TreeOptions(
@@ -64,7 +67,7 @@ class Arm:
         return completion
 
     async def start(self, admission: bool) -> None:
-        from ibtree.options import SamplingOptions
+        from ibtree.tree.options import SamplingOptions
 
         await self._generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
         cache_tokens = (await self.engine.trees.state()).capacity_tokens if admission else None
@@ -89,7 +92,7 @@ class Arm:
     ) -> dict[str, float]:
         """Grows that many trees at once, while unrelated prompts go through the pool until they
         have filled it with `background_tokens` (trees go on being grown until then)."""
-        from ibtree.options import changed
+        from ibtree.tree.options import changed
 
         forest, rng = self.forest, random.Random(seed)
         options = changed(self.defaults, max_new_tokens=max_new_tokens)
@@ -108,7 +111,7 @@ class Arm:
                     return
 
         async def background(number: int) -> None:
-            from ibtree.options import SamplingOptions
+            from ibtree.tree.options import SamplingOptions
 
             while pushed[0] < background_tokens:
                 ids = [rng.randrange(len(self.tokenizer)) for _ in range(background_prompt)]
@@ -178,10 +181,10 @@ class Arm:
         import torch
         from safetensors.torch import load_file
 
-        from server_ext.audit import Auditor
+        from server_ext.cache.audit import Auditor
 
         forest = self.forest
-        auditor = Auditor(self.engine, forest)
+        auditor = Auditor(self.engine, forest.open_prefixes)
         weights = load_file(Path(self.model) / "model.safetensors")
         rng, stop, grown = random.Random(seed), asyncio.Event(), 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from learner.model import mend_torchvision
+from learner.train.model import mend_torchvision
 
 mend_torchvision()  # before anything imports transformers
 

@@ -19,10 +19,11 @@ from processes import MODEL, running, server_command, wait_until_serving
 from task import problems
 
 from ibtree import AsyncClient, Prompt
-from ibtree.options import TreeOptions, changed
 from ibtree.tree import Tree
-from ibtree.weight_delta import write_delta
-from ibtree.weights import make_manifest, model_identity
+from ibtree.tree.options import TreeOptions, changed
+from ibtree.weights.delta import write_delta
+from ibtree.weights.model_folder import model_identity
+from ibtree.weights.tensor_files import make_manifest
 
 TREES = 32
 OPTIONS = changed(TreeOptions(), temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=96)

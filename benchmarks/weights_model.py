@@ -13,7 +13,7 @@ ARITH = Path(__file__).parent.parent / "examples" / "arith" / "model"
 
 def make_model(parameters: float, vocabulary: int = 32_768) -> Any:
     """Freshly initialised, in float32."""
-    from learner.model import mend_torchvision
+    from learner.train.model import mend_torchvision
 
     mend_torchvision()  # before transformers is imported
     from transformers import Qwen2Config, Qwen2ForCausalLM

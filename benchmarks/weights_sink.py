@@ -17,8 +17,7 @@ from typing import Any
 
 import grpc
 
-from ibtree.v1 import weights_pb2_grpc
-from ibtree.weights import checkpoint_specs
+from ibtree.weights.model_folder import checkpoint_specs
 from server_ext.services.channel import SERVER_OPTIONS, keep_message_memory
 from server_ext.services.weights import WeightsService
 from server_ext.weights.store import WeightStore
@@ -62,7 +61,7 @@ async def main(model: Path, data: Path) -> None:
     updater = WeightUpdater(NoEngine(), store, model, checkpoint_specs(model), "model")  # type: ignore[arg-type]
     keep_message_memory()
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(WeightsService(updater), server)
+    WeightsService(updater).add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     memory = Memory()

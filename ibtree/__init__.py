@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ibtree.messages import Chat, ChatMessage, Prompt
-from ibtree.options import SamplingOptions, TreeOptions
-from ibtree.tree import Step, Tree
+from ibtree.tree import SamplingOptions, Step, Tree, TreeOptions
 
 if TYPE_CHECKING:
     from ibtree.client import AsyncClient, Client

@@ -1,4 +1,4 @@
-"""The nouns of the gRPC calls besides the Tree; wire_calls.py turns them into protobuf and back."""
+"""The nouns of the gRPC calls besides the Tree; ibtree.wire turns them into protobuf and back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Tree
+from ibtree.tree.options import TreeOptions
 
 
 @dataclass(frozen=True)

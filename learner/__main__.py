@@ -12,13 +12,9 @@ def main() -> None:
 
     config = LearnerConfig.load("ibtpo-learner", sys.argv[1:])
 
-    from ibtree.client import RpcFailed
-    from ibtree.errors import FieldError, PreconditionError
-    from learner.errors import NotFiniteError, WriteError
-    from learner.follow import follow
-    from learner.intake import QueueDry
-    from learner.loop import train
-    from learner.ranks import RankLostError, joined
+    from ibtree.errors import FieldError, IbtpoError
+    from learner.dist.process_group import joined
+    from learner.loop import follow, train
 
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -29,10 +25,7 @@ def main() -> None:
             run(config, ranks)
     except FieldError as error:
         sys.exit(f"ibtpo-learner: {error.as_option()}")
-    except (
-        *(PreconditionError, RpcFailed, QueueDry),
-        *(NotFiniteError, WriteError, RankLostError),
-    ) as error:
+    except IbtpoError as error:
         sys.exit(f"ibtpo-learner: {error}")
 
 

@@ -1,4 +1,4 @@
-"""What ends a run besides bad settings and a server that stays away."""
+"""Errors that end a run besides bad settings and a server that stays away."""
 
 from __future__ import annotations
 
@@ -8,13 +8,29 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ibtree.errors import Fault, IbtpoError
 
-class NotFiniteError(RuntimeError):
+
+class NotFiniteError(IbtpoError, RuntimeError):
     """Several steps in a row had no finite loss and gradient."""
 
 
-class WriteError(RuntimeError):
+class WriteError(IbtpoError, RuntimeError):
     """A file of the run could not be written: the disk is full, or a quota or limit is reached."""
+
+    status, fault = "RESOURCE_EXHAUSTED", Fault.DEPENDENCY
+
+
+class QueueDry(IbtpoError, RuntimeError):
+    """No tree came within the learner's patience."""
+
+    status, fault = "DEADLINE_EXCEEDED", Fault.DEPENDENCY
+
+
+class RankLostError(IbtpoError, RuntimeError):
+    """The ranks could not go on together: another one died, stalled or failed."""
+
+    status, fault = "UNAVAILABLE", Fault.DEPENDENCY
 
 
 @contextmanager

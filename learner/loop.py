@@ -3,22 +3,27 @@
 Exactly-once effect: the ledger of trained tree ids is part of the checkpoint, and trees are acked
 only after that checkpoint is durable. A run that is killed anywhere resumes from it; trees it had
 in hand come back, those in the ledger are acked without being trained on again, and the others
-meet in the same batches as before (learner/intake.py).
+meet in the same batches as before (learner/io/leases.py).
 """
 
 from __future__ import annotations
 
-from ibtree.evaluate import evaluate
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+from ibtree.evaluation.accuracy import evaluate
 from ibtree.messages import Prompt, TreeLease
-from ibtree.options import options_from
-from ibtree.weights import Canary
-from learner.canary import canary_of
+from ibtree.tree.options import options_from
+from ibtree.weights.manifest import Canary
 from learner.config import LearnerConfig
+from learner.dist.process_group import Ranks
+from learner.dist.state import read_shards, weights_of, write_shards
 from learner.errors import NotFiniteError
-from learner.ranks import Ranks
-from learner.report import staleness, tree_figures
-from learner.run import Run, started
-from learner.trainer import StepFigures
+from learner.io.canary import canary_of
+from learner.io.report import staleness, tree_figures
+from learner.run import Run, new_trainer, started
+from learner.train.trainer import StepFigures
 
 
 def train(config: LearnerConfig, ranks: Ranks) -> None:
@@ -146,3 +151,23 @@ def _evaluate(run: Run) -> None:
     if accuracy.mean > report.best_accuracy():
         run.exports.write("best", state)
     report.accuracy(state.step, accuracy)
+
+
+def follow(config: LearnerConfig, ranks: Ranks) -> None:
+    """Until rank 0 ends the run, which alone hears signals. Raises RankLostError, FieldError."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    trainer = new_trainer(config, ranks)
+    for order in ranks.orders():
+        match order.name:
+            case "step":
+                trainer.step(order.trees, **order.facts)
+            case "weights":
+                weights_of(trainer.policy, ranks)
+            case "save":
+                with suppress(OSError):  # every rank has it, rank 0 says so
+                    write_shards(
+                        Path(order.facts["folder"]), trainer.policy, trainer.optimizer, ranks
+                    )
+            case "load":
+                read_shards(Path(order.facts["folder"]), trainer.policy, trainer.optimizer, ranks)

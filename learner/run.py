@@ -15,20 +15,20 @@ import torch
 
 from ibtpo_settings.folder import alone_in
 from ibtree.client import Client
+from ibtree.data.questions import Question
 from ibtree.errors import FieldError
-from ibtree.questions import Question
-from learner.checkpoint import Checkpoints, TrainState
 from learner.config import LearnerConfig
-from learner.door import flaw
+from learner.dist.process_group import Ranks
 from learner.errors import writing
-from learner.export import Exports
-from learner.intake import Intake
-from learner.model import load_policy
-from learner.prompts import PromptStream, questions_of
-from learner.publish import Publisher
-from learner.ranks import Ranks
-from learner.report import Reporter
-from learner.trainer import Trainer
+from learner.io.checkpoint import Checkpoints, TrainState
+from learner.io.export import Exports
+from learner.io.leases import Intake
+from learner.io.prompts import PromptStream, questions_of
+from learner.io.publish import Publisher
+from learner.io.report import Reporter
+from learner.io.validate import flaw
+from learner.train.model import load_policy
+from learner.train.trainer import Trainer
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """`ibtpo-server`: parses the command line and runs the server.
 
 SGLang's children re-import this module (they are spawned), so it stays light, and importing
-server_ext.cpu first puts the CPU stand-ins in place there too.
+server_ext.engine.cpu first puts the CPU stand-ins in place there too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 
-import server_ext.cpu  # noqa: F401
+import server_ext.engine.cpu  # noqa: F401
 
 
 def main() -> None:

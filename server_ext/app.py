@@ -16,28 +16,20 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 
 from ibtpo_settings.folder import alone_in
 from ibtree.errors import FieldError
-from ibtree.options import SamplingOptions, options_from
-from ibtree.v1 import (
-    cache_pb2_grpc,
-    queue_pb2_grpc,
-    sampling_pb2,
-    sampling_pb2_grpc,
-    weights_pb2_grpc,
-)
-from ibtree.weights import checkpoint_specs, model_identity
-from ibtree.wire import tree_to_proto
-from ibtree.wire_calls import prompt_from_proto
-from server_ext.audit import Auditor
+from ibtree.tree.options import SamplingOptions, options_from
+from ibtree.weights.model_folder import checkpoint_specs, model_identity
+from ibtree.wire.messages import prompt_from_bytes
+from ibtree.wire.trees import tree_to_bytes
+from server_ext.cache.audit import Auditor
+from server_ext.cache.names import FRACTION_VARIABLE
 from server_ext.config import ServerConfig
-from server_ext.forest import Forest, check_job_names
-from server_ext.journal import Journal
-from server_ext.limits import Limits
-from server_ext.open_trees import FRACTION_VARIABLE
-from server_ext.producer import JournalThread, Producer
+from server_ext.engine.sglang import SglangEngine
+from server_ext.queue.journal import Journal
+from server_ext.queue.journal_thread import JournalThread
+from server_ext.queue.producer import Producer
 from server_ext.rewards.base import Grader, Graders, TreeGrader
 from server_ext.rewards.exact import ExactGrader
 from server_ext.rewards.installed import installed_graders
@@ -49,12 +41,13 @@ from server_ext.rewards.self_consistency import SelfConsistencyGrader
 from server_ext.services.cache import CacheService
 from server_ext.services.channel import SERVER_OPTIONS, keep_message_memory
 from server_ext.services.health import Health, serve_health
+from server_ext.services.metrics import Metrics, serve_metrics
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
-from server_ext.sglang_engine import SglangEngine
-from server_ext.text import Tokenizer
-from server_ext.web.metrics import Metrics, serve_metrics
+from server_ext.trees.forest import Forest, check_job_names
+from server_ext.trees.limits import Limits
+from server_ext.trees.text import Tokenizer
 from server_ext.weights.store import WeightStore
 from server_ext.weights.updater import WeightUpdater
 
@@ -122,13 +115,12 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             cache_tokens=cache.capacity_tokens or None,
             ended=metrics.tree,
         )
-        auditor = Auditor(engine, forest)
+        auditor = Auditor(engine, forest.open_prefixes)
         journal = JournalThread(partial(_journal, config))
         stack.callback(journal.close)
         producer = _add_services(server, config, forest, journal, updater)
-        cache_service = CacheService(engine.trees, auditor)
-        cache_pb2_grpc.add_CacheServiceServicer_to_server(cache_service, server)
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        CacheService(engine.trees, auditor).add_to(server)
+        health.add_to(server)
         await server.start()
         health.serving(True)
         print(
@@ -199,7 +191,6 @@ def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngi
         config.dtype,
         config.drain_timeout_s,
         sglang_arguments,
-        config.radix_cache,
         config.weight_switch,
     )
 
@@ -219,15 +210,14 @@ def _add_services(
     producer = Producer(
         journal,
         forest,
-        lambda prompt: prompt_from_proto(sampling_pb2.Prompt.FromString(prompt), forest.defaults),
-        lambda tree: tree_to_proto(tree).SerializeToString(),
+        lambda prompt: prompt_from_bytes(prompt, forest.defaults),
+        tree_to_bytes,
     )
     sampling = SamplingService(forest, journal, producer, config.max_queued_prompts)
     queue = QueueService(journal, producer, config.lease_s, lambda: sampling.interactive)
-    sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(sampling, server)
-    queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, server)
-    weights = WeightsService(updater, config.shared_dir)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
+    sampling.add_to(server)
+    queue.add_to(server)
+    WeightsService(updater, config.shared_dir).add_to(server)
     return producer
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ibtpo_settings import Settings
-from server_ext.open_trees import DEFAULT_FRACTION
+from server_ext.cache.names import DEFAULT_FRACTION
 
 
 class ServerConfig(Settings):
@@ -67,9 +67,6 @@ class ServerConfig(Settings):
     max_rollouts: int = Field(default=0, ge=0)
     """Rollouts in flight in the engine; more wait, shared fairly between the trees. 0: as many as
     SGLang runs at once."""
-    radix_cache: Literal["ibtree", "default"] = "ibtree"
-    """SGLang's radix cache: ours, or its own, which does not know trees and is emptied at every
-    weight update (for comparisons)."""
     tree_cache_fraction: float = Field(default=DEFAULT_FRACTION, gt=0, le=1)
     """Share of the KV pool in which open trees' prefixes are kept; beyond it trees wait, or the
     oldest loses its protection."""

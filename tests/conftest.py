@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the engine shares
 
 from tests.engine import Server
 
-ENGINES = {"fault", "loop", "radix"}
+ENGINES = {"fault", "loop"}
 """Folders whose tests start engines."""
 
 

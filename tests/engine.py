@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from ibtree.client import Client
 from ibtree.messages import PushOutcome
-from ibtree.weights import make_manifest, model_identity
+from ibtree.weights.model_folder import model_identity
+from ibtree.weights.tensor_files import make_manifest
 
 Weights = dict[str, torch.Tensor]
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from task import Problem, held_out, make_problem, problems, solution
 
-from learner.model import mend_torchvision
+from learner.train.model import mend_torchvision
 
 mend_torchvision()  # before anything imports transformers
 

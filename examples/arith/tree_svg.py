@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from ibtree import score
-from ibtree.tree import Finish, Tree
+from ibtree.tree import Finish, Tree, score
 
 # A box and the gaps around it [px], and how much of a text it shows; the tooltip has all of it.
 WIDTH, LINE, GAP_X, GAP_Y, PAD = 152, 15, 38, 12, 9

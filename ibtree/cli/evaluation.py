@@ -6,10 +6,10 @@ import argparse
 from dataclasses import asdict
 
 from ibtree.cli.output import Command, print_figures
-from ibtree.evaluate import evaluate
+from ibtree.data.questions import PLACE, read_questions
+from ibtree.evaluation.accuracy import evaluate
 from ibtree.messages import Prompt
-from ibtree.options import TreeOptions, changed
-from ibtree.questions import PLACE, read_questions
+from ibtree.tree.options import TreeOptions, changed
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

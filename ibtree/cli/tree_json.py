@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from ibtree.score import confidences, ib_scores, values
 from ibtree.tree import Tree
+from ibtree.tree.score import confidences, ib_scores, values
 
 
 def tree_object(tree: Tree) -> dict[str, Any]:

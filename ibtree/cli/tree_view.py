@@ -12,8 +12,8 @@ from rich.tree import Tree as Branches
 from ibtree.cli.live import reward_text
 from ibtree.cli.output import printable
 from ibtree.messages import Chat
-from ibtree.score import confidences, ib_scores, values
 from ibtree.tree import Finish, Floats, Tree
+from ibtree.tree.score import confidences, ib_scores, values
 
 _COLUMNS = (("draws", "bold"), ("value", "cyan"), ("confidence", "dim"), ("IB-Score", "magenta"))
 _GUIDE_CELLS, _ROW_CELLS = 4, 56

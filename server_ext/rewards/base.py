@@ -9,10 +9,6 @@ from ibtree.errors import FieldError
 from ibtree.messages import Submission
 
 
-class GraderUnavailableError(RuntimeError):
-    """Nobody could grade now (UNAVAILABLE): a reward of 0 would be a lie."""
-
-
 class Grader(Protocol):
     """Grades one trajectory."""
 

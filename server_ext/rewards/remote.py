@@ -9,9 +9,8 @@ import grpc.aio
 
 from ibtree.errors import FieldError, PreconditionError
 from ibtree.messages import Submission
-from ibtree.v1 import reward_pb2_grpc
-from ibtree.wire_calls import grade_request, rewards_from_proto
-from server_ext.rewards.base import GraderUnavailableError
+from ibtree.wire import calls
+from server_ext.errors import GraderUnavailableError
 
 _RETRY = {
     "maxAttempts": 5,
@@ -34,7 +33,7 @@ class RemoteGrader:
     def __init__(self, address: str, timeout_s: float) -> None:
         self._address, self._timeout_s = address, timeout_s
         self._channel = grpc.aio.insecure_channel(address, _OPTIONS)
-        self._service = reward_pb2_grpc.RewardServiceStub(self._channel)
+        self._grade = calls.GRADE.on(self._channel.unary_unary)
 
     def check(self, answer: str) -> None:
         """The service itself knows whether it needs an answer."""
@@ -45,12 +44,10 @@ class RemoteGrader:
     async def grade(self, submission: Submission) -> float:
         """Raises GraderUnavailableError if the call fails, PreconditionError for an answer that
         is no reward."""
-        request = grade_request([submission])
+        call = calls.grade([submission])
         try:
-            response = await self._service.Grade(
-                request, timeout=self._timeout_s, wait_for_ready=True
-            )
-            return rewards_from_proto(response, 1)[0]
+            response = await self._grade(call.request, timeout=self._timeout_s, wait_for_ready=True)
+            return call.decode(response)[0]
         except grpc.aio.AioRpcError as error:
             problem = f"{error.code().name}: {error.details()}"
             raise GraderUnavailableError(

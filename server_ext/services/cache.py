@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ibtree.options import check_range
-from ibtree.v1 import cache_pb2 as pb
-from ibtree.v1 import cache_pb2_grpc
-from ibtree.wire_calls import audit_to_proto, cache_to_proto
-from server_ext.audit import Auditor
-from server_ext.services.errors import reported
-from server_ext.tree_cache import TreeCache
+from ibtree.tree.options import check_range
+from ibtree.wire.messages import audit_to_proto, cache_to_proto
+from ibtree.wire.v1 import cache_pb2 as pb
+from ibtree.wire.v1 import cache_pb2_grpc
+from server_ext.cache.audit import Auditor
+from server_ext.cache.client import TreeCache
+from server_ext.services.statuses import reported
 
 _SAMPLES, _MAX_SAMPLES = 32, 1024
 
@@ -20,6 +20,9 @@ class CacheService(cache_pb2_grpc.CacheServiceServicer):
 
     def __init__(self, trees: TreeCache, auditor: Auditor) -> None:
         self._trees, self._auditor = trees, auditor
+
+    def add_to(self, server: Any) -> None:
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(self, server)
 
     async def GetCache(self, request: pb.GetCacheRequest, context: Any) -> pb.GetCacheResponse:
         async with reported(context):

@@ -13,13 +13,9 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-SERVICES = (
-    "",
-    "ibtree.v1.TreeSamplingService",
-    "ibtree.v1.TreeQueueService",
-    "ibtree.v1.WeightsService",
-    "ibtree.v1.CacheService",
-)
+from ibtree.wire import calls
+
+SERVICES = ("", *(f"ibtree.v1.{name}" for name in calls.SERVICES))
 _STALE_S = 60.0
 _WATCHES = 8
 
@@ -34,6 +30,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._inner = health.HealthServicer()
         self._beat = time.monotonic()
         self.serving(False)
+
+    def add_to(self, server: Any) -> None:
+        health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
     def serving(self, yes: bool) -> None:
         status = health_pb2.HealthCheckResponse
@@ -58,7 +57,7 @@ def serve_health(servicer: Health, address: str) -> tuple[grpc.Server, int]:
         options=[("grpc.so_reuseport", 0)],
         maximum_concurrent_rpcs=_WATCHES,
     )
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    servicer.add_to(server)
     port = server.add_insecure_port(address)
     server.start()
     return server, port

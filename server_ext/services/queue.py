@@ -10,15 +10,16 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from ibtree.errors import UnknownLeaseError
 from ibtree.messages import QueueStats
-from ibtree.options import check_range
-from ibtree.v1 import queue_pb2 as pb
-from ibtree.v1 import queue_pb2_grpc, tree_pb2
-from ibtree.wire_calls import stats_to_proto
-from server_ext.journal import Journal, Leased
-from server_ext.producer import JournalThread, Producer
-from server_ext.services.errors import reported
+from ibtree.tree.options import check_range
+from ibtree.wire.messages import stats_to_proto
+from ibtree.wire.v1 import queue_pb2 as pb
+from ibtree.wire.v1 import queue_pb2_grpc, tree_pb2
+from server_ext.errors import UnknownLeaseError
+from server_ext.queue.journal import Journal, Leased
+from server_ext.queue.journal_thread import JournalThread
+from server_ext.queue.producer import Producer
+from server_ext.services.statuses import reported
 
 _log = logging.getLogger(__name__)
 _MAX_TREES = 1024
@@ -39,6 +40,9 @@ class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
     ) -> None:
         self._journal, self._producer = journal, producer
         self._lease_s, self._interactive = lease_s, interactive
+
+    def add_to(self, server: Any) -> None:
+        queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(self, server)
 
     async def LeaseTrees(
         self, request: pb.LeaseTreesRequest, context: Any

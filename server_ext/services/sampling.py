@@ -8,18 +8,20 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from ibtree.errors import BusyError, FieldError
+from ibtree.errors import FieldError
 from ibtree.messages import Expansion
 from ibtree.tree import Tree
-from ibtree.v1 import sampling_pb2 as pb
-from ibtree.v1 import sampling_pb2_grpc
-from ibtree.wire import tree_to_proto
-from ibtree.wire_calls import expansion_to_proto, prompt_from_proto
-from server_ext.forest import Forest
-from server_ext.journal import Journal, QueueFullError
-from server_ext.producer import JournalThread, Producer
-from server_ext.sampler import Job
-from server_ext.services.errors import reported
+from ibtree.wire.messages import expansion_to_proto, prompt_from_proto
+from ibtree.wire.trees import tree_to_proto
+from ibtree.wire.v1 import sampling_pb2 as pb
+from ibtree.wire.v1 import sampling_pb2_grpc
+from server_ext.errors import BusyError, QueueFullError
+from server_ext.queue.journal import Journal
+from server_ext.queue.journal_thread import JournalThread
+from server_ext.queue.producer import Producer
+from server_ext.services.statuses import reported
+from server_ext.trees.forest import Forest
+from server_ext.trees.job import Job
 
 _MAX_PROMPTS = 10_000
 
@@ -34,6 +36,9 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         self._max_queued = max_queued
         self.interactive = 0
         """Trees growing for SampleTree calls now."""
+
+    def add_to(self, server: Any) -> None:
+        sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(self, server)
 
     async def SampleTree(
         self, request: pb.SampleTreeRequest, context: Any

@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from ibtree.errors import BrokenPushError, FieldError
-from ibtree.v1 import weights_pb2 as pb
-from ibtree.v1 import weights_pb2_grpc
-from ibtree.weights import CHUNK_BYTES
-from ibtree.wire_calls import kept_to_proto, manifest_from_proto, pushed_to_proto, state_to_proto
-from server_ext.services.errors import reported
-from server_ext.weights.shared import SharedFolder
+from ibtree.errors import FieldError
+from ibtree.weights.manifest import CHUNK_BYTES
+from ibtree.wire.messages import kept_to_proto, manifest_from_proto, pushed_to_proto, state_to_proto
+from ibtree.wire.v1 import weights_pb2 as pb
+from ibtree.wire.v1 import weights_pb2_grpc
+from server_ext.errors import BrokenPushError
+from server_ext.services.statuses import reported
+from server_ext.weights.shared_folder import SharedFolder
 from server_ext.weights.updater import WeightUpdater
 
 
@@ -24,6 +25,9 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
     def __init__(self, updater: WeightUpdater, shared_dir: Path | None = None) -> None:
         """`shared_dir`: where pushed files may lie instead of being sent; None: nowhere."""
         self._updater, self._shared = updater, SharedFolder(shared_dir)
+
+    def add_to(self, server: Any) -> None:
+        weights_pb2_grpc.add_WeightsServiceServicer_to_server(self, server)
 
     async def PushWeights(  # type: ignore[override]  # writes its answers while it reads
         self, requests: AsyncIterator[pb.PushWeightsRequest], context: Any

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from ibtree.errors import FieldError, PreconditionError
-from ibtree.weights import Canary
-from server_ext.engine import Engine, EngineError
+from ibtree.errors import FieldError
+from ibtree.weights.manifest import Canary
+from server_ext.engine.port import Engine
+from server_ext.errors import CanaryError, EngineError
 
 _MOST_TOKENS = 32
 _DEADLINE_S = 600.0
 """Interrupted rollouts, whose prefixes are computed again, come first; new ones wait meanwhile."""
-
-
-class CanaryError(PreconditionError):
-    """Engine and learner disagree about a version; it is taken back."""
 
 
 def check_sizes(canary: Canary, context_tokens: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ibtree.errors import FieldError
-from ibtree.weights import WeightManifest
+from ibtree.weights.manifest import WeightManifest
 
 _GRACE_S = 0.05
 Source = Callable[[int], AsyncIterator[bytes]]

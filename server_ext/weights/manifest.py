@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ibtree.errors import FieldError, PreconditionError
-from ibtree.weights import DTYPE_BYTES, TensorSpec, WeightManifest, mapped
+from ibtree.weights.manifest import TensorSpec, WeightManifest
+from ibtree.weights.tensor_files import DTYPE_BYTES, mapped
 from server_ext.weights.store import Serving
 
 _HEADER_BYTES_PER_TENSOR = 4096

@@ -22,10 +22,11 @@ from typing import Any
 
 from ibtree.errors import PreconditionError
 from ibtree.messages import PushOutcome, RollbackOutcome
-from ibtree.weights import Canary, TensorSpec, WeightManifest
-from server_ext.engine import Engine, MixedWeightsError
+from ibtree.weights.manifest import Canary, TensorSpec, WeightManifest
+from server_ext.engine.port import Engine
+from server_ext.errors import MixedWeightsError
 from server_ext.weights.canary import check_canary, check_sizes
-from server_ext.weights.held import HeldVersion
+from server_ext.weights.host_copy import HostCopy
 from server_ext.weights.inbox import Inbox, Source
 from server_ext.weights.manifest import check_size, check_tensors, check_version
 from server_ext.weights.store import Serving, StoredWeights, WeightStore
@@ -64,7 +65,7 @@ class WeightUpdater:
         self._lock = asyncio.Lock()
         self._tidying: asyncio.Future[None] | None = None
         self._inbox = Inbox(store.staging, store.spare)
-        self._held = HeldVersion(store, model_dir)
+        self._host = HostCopy(store, model_dir)
         self.serving = Serving()
         self.state = WeightState.SERVING
         self.pause_s = 0.0
@@ -85,9 +86,9 @@ class WeightUpdater:
     async def restore(self) -> None:
         """Serves the version that served before a restart. Raises FieldError if it is damaged."""
         if self._store.kept:
-            await asyncio.to_thread(self._held.hold, self._store.kept[-1])
+            await asyncio.to_thread(self._host.load, self._store.kept[-1])
             async with self._engine.paused():
-                await self._engine.load(self._held.served(), self._store.serving().version)
+                await self._engine.load(self._host.served(), self._store.serving().version)
             self.serving = self._store.serving()
             _log.info("serving weight version %s again", self.serving.version)
 
@@ -156,10 +157,10 @@ class WeightUpdater:
 
     async def _take(self, manifest: WeightManifest) -> float:
         """From received to applied; returns the pause [s]."""
-        before = self._held.specs_of(self.serving)
+        before = self._host.specs_of(self.serving)
         try:
             # the disk writes while the processor hashes; neither may go on after the other failed
-            verifying = asyncio.to_thread(self._held.take, manifest)
+            verifying = asyncio.to_thread(self._host.receive, manifest)
             writing = asyncio.to_thread(self._store.sync_staging)
             for done in await asyncio.gather(verifying, writing, return_exceptions=True):
                 if isinstance(done, BaseException):
@@ -167,25 +168,25 @@ class WeightUpdater:
             self._enter(WeightState.VERIFIED, manifest.version)
             stored = await asyncio.to_thread(self._stage, manifest)
             self._enter(WeightState.STAGED, manifest.version)
-            return await self._apply(stored, self._held.changed(before), manifest.canary)
+            return await self._apply(stored, self._host.changed(before), manifest.canary)
         except Exception:
-            await asyncio.to_thread(self._held.hold_served)
+            await asyncio.to_thread(self._host.reload_served)
             raise
         finally:
             self._inbox.forget()
 
     async def _go_back(self, target: StoredWeights, version: int) -> float:
         """From announced to applied; returns the pause [s]."""
-        before = self._held.specs_of(self.serving)
+        before = self._host.specs_of(self.serving)
         stored = replace(target, version=version, restored_version=target.version)
         try:
-            await asyncio.to_thread(self._held.hold, target)
-            self._held.version = Serving(version, target.digest)
+            await asyncio.to_thread(self._host.load, target)
+            self._host.version = Serving(version, target.digest)
             self._enter(WeightState.VERIFIED, version)
             self._enter(WeightState.STAGED, version)  # its files have been there all the time
-            return await self._apply(stored, self._held.changed(before), None)
+            return await self._apply(stored, self._host.changed(before), None)
         except Exception:
-            await asyncio.to_thread(self._held.hold_served)
+            await asyncio.to_thread(self._host.reload_served)
             raise
 
     def _enter(self, state: WeightState, version: int) -> None:
@@ -203,7 +204,7 @@ class WeightUpdater:
         check_version(manifest, self.serving)
         check_tensors(manifest, self._specs, self.dtype)
         if manifest.base_version is not None:
-            base, held = Serving(manifest.base_version, manifest.base_digest), self._held.version
+            base, held = Serving(manifest.base_version, manifest.base_digest), self._host.version
             if not base.digest or not base == self.serving == held:
                 held = held if held and held.digest else None
                 has = f"version {held.version} ({held.digest.hex()[:12]}…)" if held else "none"
@@ -220,7 +221,7 @@ class WeightUpdater:
         delta = manifest.base_version is not None and self._store.takes_delta()
         if manifest.base_version is not None and not delta:
             self._store.spare.unlink(missing_ok=True)  # the disk may have no room for both
-            self._held.host.write(self._store.staging)
+            self._host.write(self._store.staging)
         size = self._store.staging.stat().st_size
         files = self._store.keep(manifest.version, delta=delta)
         base = manifest.base_version if delta else None
@@ -235,7 +236,7 @@ class WeightUpdater:
         async with self._engine.paused():
             begin = time.monotonic()
             try:
-                await self._engine.load(self._held.host.tensors(changed), stored.version)
+                await self._engine.load(self._host.tensors(changed), stored.version)
                 self._enter(WeightState.APPLIED, stored.version)
                 if canary:
                     await check_canary(self._engine, canary, stored.version)
@@ -255,9 +256,9 @@ class WeightUpdater:
         try:
             await asyncio.to_thread(self._store.put_back, kept)
             if kept:
-                await asyncio.to_thread(self._held.hold, kept[-1])
+                await asyncio.to_thread(self._host.load, kept[-1])
             async with asyncio.timeout(_PUT_BACK_S):
-                await self._engine.load(self._held.served(), self.serving.version)
+                await self._engine.load(self._host.served(), self.serving.version)
         except Exception as error:
             self.broken.set()
             raise MixedWeightsError("the old weights could not be put back") from error

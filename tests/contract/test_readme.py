@@ -12,8 +12,8 @@ import pytest
 
 from learner.config import LearnerConfig
 from server_ext.config import ServerConfig
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "BENCHMARKS.md"]
 ROOMS = ("ibtree/", "server_ext/", "learner/", "tests/", "deploy/", "examples/", "protos/", "docs/")

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from ibtpo_settings import Settings
-from ibtree.options import options_from
-from ibtree.questions import read_questions
+from ibtree.data.questions import read_questions
+from ibtree.tree.options import options_from
 from learner.config import LearnerConfig
 from server_ext.config import ServerConfig
 from tests.deploy.manifests import (
@@ -40,7 +40,7 @@ PROGRAMS: dict[str, type[Settings]] = {
 }
 SGLANG = """
 import json, sys
-import server_ext.cpu as cpu
+import server_ext.engine.cpu as cpu
 cpu.select()
 from sglang.srt.server_args import prepare_server_args
 arguments = prepare_server_args([*cpu.SERVER_ARGUMENTS, *sys.argv[1:]])

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 SOAK = os.environ.get("IBTPO_SOAK") == "1"
 MOMENTS_S = [random.Random(1).uniform(0.2, 60.0) for _ in range(15)] if SOAK else [1.0, 9.0]
 EXITS = {signal.SIGINT: {1}, signal.SIGTERM: {143, -signal.SIGTERM}}

@@ -27,24 +27,31 @@ import pytest
 import torch
 
 from ibtree.messages import Prompt
-from ibtree.options import TreeOptions
 from ibtree.tree import Tree
-from ibtree.v1 import queue_pb2_grpc, sampling_pb2, sampling_pb2_grpc, tree_pb2, weights_pb2_grpc
-from ibtree.weights import checkpoint_specs, model_identity
-from ibtree.wire import tree_to_proto
-from ibtree.wire_calls import prompt_from_proto
+from ibtree.tree.options import TreeOptions
+from ibtree.weights.model_folder import checkpoint_specs, model_identity
+from ibtree.wire.messages import prompt_from_proto
+from ibtree.wire.trees import tree_to_proto
+from ibtree.wire.v1 import (
+    queue_pb2_grpc,
+    sampling_pb2,
+    sampling_pb2_grpc,
+    tree_pb2,
+    weights_pb2_grpc,
+)
 from learner.__main__ import main
-from learner.model import load_policy
-from server_ext.journal import Journal
-from server_ext.producer import JournalThread, Producer
+from learner.train.model import load_policy
+from server_ext.queue.journal import Journal
+from server_ext.queue.journal_thread import JournalThread
+from server_ext.queue.producer import Producer
 from server_ext.services.queue import QueueService
 from server_ext.services.weights import WeightsService
 from server_ext.weights.store import WeightStore
 from server_ext.weights.updater import WeightUpdater
+from tests import ROOT
 from tests.learner.tiny import causal_lm, flat_tree, random_pair
-from tests.server.fakes import FakeEngine
+from tests.server_ext.fakes import FakeEngine
 
-ROOT = Path(__file__).parents[2]
 RUN_ID = "recorded"
 # `python -m learner` under a limit; not preexec_fn: gRPC's threads do not survive a plain fork
 _LIMITED = """
@@ -95,8 +102,8 @@ class ModelEngine(FakeEngine):
 
 
 class RecordedForest:
-    """In the place of server_ext.forest.Forest: a prompt's tree is the recorded one, after a while
-    that differs from server to server; a tree without an id has one rollout, of the reward that
+    """Stands in for the server's Forest: a prompt's tree is the recorded one, after a while that
+    differs from server to server; a tree without an id has one rollout, of the reward that
     `rewards` gives the served weight version."""
 
     def __init__(self, recording: list[Tree], seed: int, served: Callable[[], int]) -> None:

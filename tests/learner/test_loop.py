@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from ibtpo_settings.folder import alone_in
 from ibtree.tree import Finish, Tree
-from ibtree.v1 import tree_pb2
-from ibtree.weights import make_manifest, model_identity
-from learner.door import flaw
+from ibtree.weights.model_folder import model_identity
+from ibtree.weights.tensor_files import make_manifest
+from ibtree.wire.v1 import tree_pb2
+from learner.io.validate import flaw
+from tests.ibtree.tree.growing import step_of
 from tests.learner.recorded import RUN_ID, Learner, RecordedServer, record, write_model
 from tests.learner.tiny import CPU
-from tests.unit.growing import step_of
 
 PER_STEP = 4
 
@@ -103,7 +104,7 @@ def test_trees_that_can_not_be_trained_on_are_refused_and_the_loop_goes_on(
     site, model, monkeypatch
 ):
     """Two of the first four prompts, all four of the next, and some after."""
-    monkeypatch.setattr("learner.intake._POLL_S", 0.2)
+    monkeypatch.setattr("learner.io.leases._POLL_S", 0.2)
     numbers = [1, 2, 4, 5, 6, 7, 9, 10, 12]
     site.spoil = dict(zip(numbers, HARM, strict=True))
     one = learner(site, model, "--steps=3")
@@ -168,7 +169,7 @@ def test_a_folder_in_which_another_learner_runs_is_refused(site, model):
 
 def test_a_damaged_checkpoint_costs_its_steps_and_the_run_goes_on(site, model, monkeypatch, caplog):
     """The trees of step 3 were acked: they are gone, and step 3 is taken again on the next."""
-    monkeypatch.setattr("learner.intake._POLL_S", 0.2)
+    monkeypatch.setattr("learner.io.leases._POLL_S", 0.2)
     assert learner(site, model, "--steps=3").run_here() == ""
     one = learner(site, model, "--steps=4")
     newest = one.out_dir / "checkpoints" / "step-00000003"

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from ibtree.tree import Finish, Tree
-from learner.canary import canary_of
-from learner.fits import prepare
-from learner.model import load_policy
-from learner.trainer import Trainer
+from learner.io.canary import canary_of
+from learner.train.model import load_policy
+from learner.train.trainer import Trainer
+from learner.tree.probe import prepare
+from tests.ibtree.tree.growing import step_of
 from tests.learner.recorded import Learner, RecordedServer, record, write_model
 from tests.learner.tiny import CPU
-from tests.unit.growing import step_of
 
 PER_STEP = 4
 

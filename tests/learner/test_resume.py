@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from learner.checkpoint import Checkpoints
-from learner.trainer import Trainer
+from learner.io.checkpoint import Checkpoints
+from learner.train.trainer import Trainer
+from tests.learner.io.test_checkpoint import same
 from tests.learner.recorded import RUN_ID, Learner, RecordedServer, record, write_model
-from tests.learner.test_checkpoint import same
 from tests.learner.tiny import CPU, causal_lm, config
 
 SOAK = os.environ.get("IBTPO_SOAK") == "1"

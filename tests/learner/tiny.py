@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibtree.options import TreeOptions
 from ibtree.tree import Finish, Step, Tree
-from learner.batch import Row, trained_trees, tree_rows
+from ibtree.tree.options import TreeOptions
 from learner.config import LearnerConfig
-from learner.model import mend_torchvision
+from learner.train.model import mend_torchvision
+from learner.tree.rows import Row, tree_rows
+from learner.tree.training import trained_trees
+from tests.ibtree.tree.growing import Pair, find, step_of
 from tests.reference import slow_loss
 from tests.reference.slow_loss import Policy, Setting, Tokens
-from tests.unit.growing import Pair, step_of
 
 mend_torchvision()  # before anything imports transformers
 torch.set_num_threads(1)
@@ -144,7 +145,7 @@ def wild_tree(
             ids = rng.choice([*known, new])
             logprobs = tuple(-rng.randrange(160) / 64 for _ in ids)
             steps.append(Step(ids, logprobs, (rng.randrange(3),) * len(ids)))
-            at = None if at is None else tree.find(at, steps[-1:])
+            at = None if at is None else find(tree, at, steps[-1:])
         before = tree.prefix(start) + tuple(t for step in steps for t in step.token_ids)
         tree.insert(start, steps, float(zlib.crc32(bytes(before)) % 2), Finish.STOP)
     for _ in range(splits):

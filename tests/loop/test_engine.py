@@ -15,10 +15,10 @@ from processes import MODEL
 from ibtree import AsyncClient, Client, Prompt
 from ibtree.client import RpcFailed
 from ibtree.messages import Expansion
-from ibtree.options import TreeOptions, changed
 from ibtree.tree import Finish, StopCause, Tree
-from ibtree.v1 import sampling_pb2, sampling_pb2_grpc
-from learner.model import load_policy
+from ibtree.tree.options import TreeOptions, changed
+from ibtree.wire.v1 import sampling_pb2, sampling_pb2_grpc
+from learner.train.model import load_policy
 from tests.engine import Server, model_weights
 
 OPTIONS = changed(TreeOptions(), temperature=1.0, top_p=1.0, top_k=-1, max_new_tokens=96)

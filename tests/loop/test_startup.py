@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import MODEL, command, server_command
 
-from learner.model import load_policy
+from learner.train.model import load_policy
 from tests.engine import Server
 from tests.loop.learning import learner_command, write_prompts
 
@@ -84,7 +84,9 @@ def test_sglang_arguments_that_sglang_refuses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("argument", ["--disable-radix-cache", "--radix-cache-backend=flexkv"])
 def test_a_radix_cache_chosen_behind_our_back(tmp_path: Path, argument: str) -> None:
-    assert "--radix-cache: " in run([*server_command(tmp_path / "data"), argument])
+    assert f"--: {argument}; allowed: leave it out" in run(
+        [*server_command(tmp_path / "data"), argument]
+    )
 
 
 def test_learner_pointed_at_a_server_with_another_model(server: Server, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from ibtree import AsyncClient, Client, Tree
 from ibtree.client import RpcFailed
 from ibtree.messages import Expansion
-from ibtree.weights import make_manifest, model_identity
-from learner.model import load_policy
+from ibtree.weights.model_folder import model_identity
+from ibtree.weights.tensor_files import make_manifest
+from learner.train.model import load_policy
 from tests.engine import Server, Weights, model_weights
 from tests.loop.test_engine import prompt, trainer_logprobs
 

@@ -8,7 +8,7 @@ import pytest
 
 from ibtree import Client
 from ibtree.client import RpcFailed
-from ibtree.weights import read_header
+from ibtree.weights.tensor_files import read_header
 from tests.engine import Server, model_weights
 from tests.loop.test_engine import prompt
 from tests.loop.test_weights_in_flight import by_manifest

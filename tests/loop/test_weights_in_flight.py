@@ -18,9 +18,11 @@ from safetensors.torch import save_file
 from ibtree import AsyncClient, Tree
 from ibtree.client import RpcFailed
 from ibtree.messages import PushOutcome
-from ibtree.weight_delta import write_delta
-from ibtree.weights import Canary, WeightManifest, make_manifest, model_identity
-from learner.canary import canary_of
+from ibtree.weights.delta import write_delta
+from ibtree.weights.manifest import Canary, WeightManifest
+from ibtree.weights.model_folder import model_identity
+from ibtree.weights.tensor_files import make_manifest
+from learner.io.canary import canary_of
 from tests.engine import Server, Weights, model_weights
 from tests.loop.test_engine import prompt, trainer_logprobs
 from tests.loop.test_weights import policy

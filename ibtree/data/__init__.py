@@ -1,0 +1,1 @@
+"""Prompts with reference answers, from files and data sets."""

@@ -1,0 +1,101 @@
+"""Prompts and answers, for training and for evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ibtree.data.sources import rows
+from ibtree.errors import FieldError
+
+PLACE = "{prompt}"
+_FINAL = "####"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and its reference answer; empty: none."""
+
+    prompt: str
+    answer: str
+
+
+def read_questions(
+    source: str | Path,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+    template: str = PLACE,
+) -> list[Question]:
+    """The questions of a JSONL or Parquet file, or of a Hugging Face dataset
+    `hf:NAME[:CONFIG[:SPLIT]]` (split train unless named).
+
+    A field that is None is found: `prompt` and, where it is there, `answer`; else `question` and
+    `answer`, as in GSM8K. An answer whose last line is `#### 18`, GSM8K's way to end a worked one,
+    is 18. `template` is the prompt with {prompt} in the place of the field's text. Raises
+    FieldError with the line or row for anything but text, and numbers as answers.
+    """
+    if PLACE not in template:
+        raise FieldError("prompt_template", f"got {template!r}", f"text that holds {PLACE}")
+    pick = partial(_pick, prompt_field, answer_field)
+    questions = []
+    for where, prompt, answer in rows(str(source), pick):
+        if not isinstance(prompt, str) or not prompt:
+            raise FieldError(where, "the prompt is empty or no text", "text")
+        asked = template.replace(PLACE, _sound(where, prompt))
+        questions.append(Question(asked, _sound(where, _answer(where, answer))))
+    if not questions:
+        raise FieldError("prompts", f"{source} holds no prompts", "at least one")
+    return questions
+
+
+def _pick(
+    prompt: str | None, answer: str | None, where: str, names: Collection[str]
+) -> tuple[str, str | None]:
+    """Names of the two fields among those that are there."""
+    if prompt is None:
+        gsm8k = "prompt" not in names and {"question", "answer"} <= {*names}
+        prompt = "question" if gsm8k else "prompt"
+    if answer is None and "answer" in names:
+        answer = "answer"
+    for name in (prompt, answer):
+        if name is not None and name not in names:
+            allowed = "text in prompt and answer, or in prompt_field and answer_field"
+            raise FieldError(where, f"no field {name!r} in {[*names]}", allowed)
+    return prompt, answer
+
+
+def _answer(where: str, answer: Any) -> str:
+    if answer is None:
+        return ""
+    if isinstance(answer, str):
+        return _final(where, answer)
+    if isinstance(answer, bool) or not isinstance(answer, int | float | Decimal):
+        raise FieldError(where, f"the answer is a {type(answer).__name__}", "text or a number")
+    if not math.isfinite(answer):
+        raise FieldError(where, f"the answer is {answer}", "text or a finite number")
+    return str(answer)
+
+
+def _final(where: str, answer: str) -> str:
+    """What follows the mark if that is how the last line begins."""
+    last = answer.rstrip().rpartition("\n")[2]
+    if not last.startswith(_FINAL):
+        return answer
+    final = last.removeprefix(_FINAL).strip()
+    if not final:
+        raise FieldError(where, f"the answer has nothing after {_FINAL}", f"{_FINAL} 18")
+    return final
+
+
+def _sound(where: str, text: str) -> str:
+    """The text, which the wire can carry: JSON can write half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FieldError(where, str(error), "text in UTF-8") from error
+    return text

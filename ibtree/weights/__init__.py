@@ -1,0 +1,1 @@
+"""Weight versions: what they are, their files, deltas between them, ways to the server."""

@@ -1,0 +1,1 @@
+"""Trees, calls and weights <-> protobuf; nothing else in ibtree knows both."""

@@ -1,0 +1,241 @@
+"""What requests and responses hold <-> the nouns of ibtree.messages and ibtree.weights."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from ibtree.errors import FieldError
+from ibtree.messages import (
+    CacheAudit,
+    CacheState,
+    Chat,
+    ChatMessage,
+    Expansion,
+    KeptWeights,
+    Prompt,
+    PushOutcome,
+    QueueStats,
+    RollbackOutcome,
+    ServedWeights,
+    Submission,
+    TreeLease,
+)
+from ibtree.tree import Finish, Tree
+from ibtree.tree.options import TreeOptions
+from ibtree.weights.manifest import SENT_BYTES, Canary, TensorSpec, WeightManifest
+from ibtree.wire.trees import options_from_proto, options_to_proto, tree_from_proto
+from ibtree.wire.v1 import cache_pb2, queue_pb2, reward_pb2, sampling_pb2, tree_pb2, weights_pb2
+
+_STATE = "WEIGHT_STATE_"
+
+
+def prompt_to_proto(prompt: Prompt) -> sampling_pb2.Prompt:
+    message = sampling_pb2.Prompt(id=prompt.id, answer=prompt.answer, grader=prompt.grader)
+    if isinstance(prompt.content, str):
+        message.text = prompt.content
+    elif isinstance(prompt.content, Chat):
+        turns = [sampling_pb2.ChatMessage(**asdict(turn)) for turn in prompt.content.messages]
+        message.chat.CopyFrom(sampling_pb2.Chat(messages=turns))
+    else:
+        message.token_ids.ids.extend(prompt.content)
+    if prompt.options is not None:
+        message.options.CopyFrom(options_to_proto(prompt.options))
+    return message
+
+
+def prompt_from_proto(message: sampling_pb2.Prompt, defaults: TreeOptions) -> Prompt:
+    """Options left out take `defaults`. Raises FieldError for options that are not allowed."""
+    return Prompt(
+        content=_content(message),
+        id=message.id,
+        answer=message.answer,
+        grader=message.grader,
+        options=options_from_proto(message.options, defaults),
+    )
+
+
+def prompt_from_bytes(data: bytes, defaults: TreeOptions) -> Prompt:
+    """Of a serialized ibtree.v1.Prompt. Raises FieldError as `prompt_from_proto` does."""
+    return prompt_from_proto(sampling_pb2.Prompt.FromString(data), defaults)
+
+
+def _content(message: sampling_pb2.Prompt) -> str | tuple[int, ...] | Chat:
+    kind = message.WhichOneof("content")
+    if kind == "text":
+        return message.text
+    if kind == "chat":
+        return Chat(tuple(ChatMessage(turn.role, turn.content) for turn in message.chat.messages))
+    return tuple(message.token_ids.ids)
+
+
+def expansion_to_proto(event: Expansion) -> sampling_pb2.Expansion:
+    values = {f.name: getattr(event, f.name) for f in fields(Expansion) if f.name != "finish"}
+    return sampling_pb2.Expansion(
+        finish_reason=tree_pb2.FinishReason.ValueType(event.finish), **values
+    )
+
+
+def event_from_proto(message: sampling_pb2.SampleTreeResponse) -> Expansion | Tree:
+    if message.HasField("tree"):
+        return tree_from_proto(message.tree)
+    names = [f.name for f in fields(Expansion) if f.name != "finish"]
+    values = {name: getattr(message.expansion, name) for name in names}
+    return Expansion(finish=Finish(message.expansion.finish_reason), **values)
+
+
+def grade_request(submissions: Iterable[Submission]) -> reward_pb2.GradeRequest:
+    trajectories = [reward_pb2.Trajectory(**asdict(one)) for one in submissions]
+    return reward_pb2.GradeRequest(trajectories=trajectories)
+
+
+def rewards_from_proto(response: reward_pb2.GradeResponse, count: int) -> list[float]:
+    """Raises ValueError unless they are `count` numbers in [0, 1]."""
+    rewards = list(response.rewards)
+    if len(rewards) != count:
+        raise ValueError(f"{len(rewards)} rewards for {count} trajectories")
+    for reward in rewards:
+        if not 0.0 <= reward <= 1.0:
+            raise ValueError(f"the reward {reward} is not in [0, 1]")
+    return rewards
+
+
+def leases_from_proto(response: queue_pb2.LeaseTreesResponse) -> list[TreeLease]:
+    """One broken tree does not take the others down: its lease says what is wrong with it."""
+    return [_lease_from_proto(message) for message in response.leases]
+
+
+def _lease_from_proto(message: queue_pb2.TreeLease) -> TreeLease:
+    try:
+        return TreeLease(message.lease_id, tree_from_proto(message.tree), message.returns)
+    except FieldError as error:
+        empty = Tree(prompt=(), tree_id=message.tree.tree_id)
+        return TreeLease(message.lease_id, empty, message.returns, str(error))
+
+
+def stats_to_proto(stats: QueueStats) -> queue_pb2.GetQueueStatsResponse:
+    return queue_pb2.GetQueueStatsResponse(**asdict(stats))
+
+
+def stats_from_proto(message: queue_pb2.GetQueueStatsResponse) -> QueueStats:
+    return QueueStats(**{f.name: getattr(message, f.name) for f in fields(QueueStats)})
+
+
+def cache_to_proto(state: CacheState) -> cache_pb2.GetCacheResponse:
+    return cache_pb2.GetCacheResponse(**asdict(state))
+
+
+def cache_from_proto(message: cache_pb2.GetCacheResponse) -> CacheState:
+    return CacheState(**{f.name: getattr(message, f.name) for f in fields(CacheState)})
+
+
+def audit_to_proto(audit: CacheAudit) -> cache_pb2.AuditCacheResponse:
+    return cache_pb2.AuditCacheResponse(**asdict(audit))
+
+
+def audit_from_proto(message: cache_pb2.AuditCacheResponse) -> CacheAudit:
+    return CacheAudit(**{f.name: getattr(message, f.name) for f in fields(CacheAudit)})
+
+
+def manifest_to_proto(manifest: WeightManifest) -> weights_pb2.WeightManifest:
+    canary = manifest.canary
+    return weights_pb2.WeightManifest(
+        version=manifest.version,
+        model_id=manifest.model_id,
+        file_bytes=manifest.file_bytes,
+        base_version=manifest.base_version,
+        base_digest=manifest.base_digest,
+        canary=weights_pb2.Canary(**asdict(canary)) if canary else None,
+        tensors=[
+            weights_pb2.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape, sha256=t.sha256)
+            for t in manifest.tensors
+        ],
+    )
+
+
+def manifest_from_proto(m: weights_pb2.WeightManifest) -> WeightManifest:
+    canary = Canary(tuple(m.canary.token_ids), tuple(m.canary.logprobs), m.canary.tolerance)
+    return WeightManifest(
+        version=m.version,
+        model_id=m.model_id,
+        tensors=tuple(TensorSpec(t.name, t.dtype, tuple(t.shape), t.sha256) for t in m.tensors),
+        file_bytes=m.file_bytes,
+        base_version=m.base_version if m.HasField("base_version") else None,
+        base_digest=m.base_digest,
+        canary=canary if m.HasField("canary") else None,
+    )
+
+
+def push_first(manifest: WeightManifest, shared_path: str = "") -> weights_pb2.PushWeightsRequest:
+    message = manifest_to_proto(manifest)
+    return weights_pb2.PushWeightsRequest(manifest=message, shared_path=shared_path)
+
+
+def push_chunks(path: Path, start: int) -> Iterator[weights_pb2.PushWeightsRequest]:
+    """The file from this byte on, in chunks."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while data := file.read(SENT_BYTES):
+            chunk = weights_pb2.WeightChunk(offset=start, data=data, crc32=zlib.crc32(data))
+            yield weights_pb2.PushWeightsRequest(chunk=chunk)
+            start += len(data)
+
+
+def state_to_proto(state: str) -> weights_pb2.WeightState.ValueType:
+    return weights_pb2.WeightState.Value(_STATE + state.upper())
+
+
+def _state(number: weights_pb2.WeightState.ValueType) -> str:
+    return weights_pb2.WeightState.Name(number).removeprefix(_STATE).lower()
+
+
+def kept_to_proto(kept: KeptWeights) -> weights_pb2.KeptWeights:
+    return weights_pb2.KeptWeights(**{f.name: getattr(kept, f.name) for f in fields(KeptWeights)})
+
+
+def _kept(m: weights_pb2.KeptWeights) -> KeptWeights:
+    return KeptWeights(
+        version=m.version,
+        digest=m.digest,
+        file_bytes=m.file_bytes,
+        served_at_s=m.served_at_s,
+        base_version=m.base_version if m.HasField("base_version") else None,
+        restored_version=m.restored_version if m.HasField("restored_version") else None,
+    )
+
+
+def served_from_proto(m: weights_pb2.GetWeightsResponse) -> ServedWeights:
+    return ServedWeights(
+        version=m.version,
+        digest=m.digest,
+        state=_state(m.state),
+        model_id=m.model_id,
+        dtype=m.dtype,
+        age_s=m.age_s,
+        pause_s=m.pause_s,
+        kept=tuple(_kept(one) for one in m.kept),
+    )
+
+
+def pushed_to_proto(outcome: PushOutcome) -> weights_pb2.PushWeightsResponse:
+    pushed = weights_pb2.PushedWeights(
+        version=outcome.version,
+        state=state_to_proto(outcome.state),
+        digest=outcome.digest,
+        pause_s=outcome.pause_s,
+    )
+    return weights_pb2.PushWeightsResponse(pushed=pushed)
+
+
+def push_answer(m: weights_pb2.PushWeightsResponse) -> int | PushOutcome:
+    """The byte from which on the server wants the file, or what became of the push."""
+    if not m.HasField("pushed"):
+        return m.send_from
+    pushed = m.pushed
+    return PushOutcome(pushed.version, _state(pushed.state), pushed.digest, pushed.pause_s)
+
+
+def rollback_from_proto(m: weights_pb2.RollbackWeightsResponse) -> RollbackOutcome:
+    return RollbackOutcome(m.version, m.restored_version, m.digest, m.pause_s)

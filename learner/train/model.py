@@ -1,0 +1,95 @@
+"""The policy: a Hugging Face causal language model, and its log-probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibtree.errors import FieldError
+from learner.algo.logprobs import chunked_logprobs
+from learner.tree.attention import TreeAttention, features
+from learner.tree.pack import Pack
+
+
+def mend_torchvision() -> None:
+    """A CUDA torchvision beside a CPU torch lacks this operator, and transformers imports it."""
+    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
+        torch.library.define(
+            "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
+
+
+def load_policy(folder: Path, device: torch.device, dtype: str) -> Any:
+    """The model in training mode without dropout. Raises FieldError if it does not load."""
+    mend_torchvision()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=getattr(torch, dtype), local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise FieldError("model", f"{folder} does not load: {error}", "a HF folder") from error
+    return model.to(device).eval()  # eval: dropout would move log-probabilities off the engine's
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keeps the inputs of the layers only and computes the rest again in the backward pass."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # it asks for this; what is inside stays in eval mode
+
+
+def token_logprobs(
+    model: Any,
+    ids_BS: Tensor,
+    mask_BS: Tensor,
+    prompt: Tensor,
+    width: int,
+    *,
+    temperature: float,
+    chunk: int = 1024,
+) -> Tensor:
+    """ln softmax(logits / temperature) of each generated token, float32, [B, width].
+
+    `ids_BS`: prompt and completion, padded on the right; `mask_BS`: 1 at real tokens; `prompt`:
+    the rows' prompt lengths, [B]. Entry t of row b belongs to token prompt[b] + t, whose
+    distribution the model gives one position earlier; entries past the row's end are 0. Only
+    `chunk` tokens' logits are in float32 at a time.
+    """
+    logits_BSV = model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False).logits
+    index_BT = prompt[:, None] + torch.arange(width, device=ids_BS.device)[None, :]
+    inside_BT = index_BT < mask_BS.sum(1, keepdim=True)
+    row, column = torch.nonzero(inside_BT, as_tuple=True)
+    at = index_BT[row, column]
+    logp = chunked_logprobs(
+        lambda logits: logits,
+        logits_BSV.flatten(0, 1).index_select(0, row * ids_BS.shape[1] + at - 1),
+        ids_BS[row, at],
+        temperature=temperature,
+        chunk=chunk,
+    )
+    return torch.zeros_like(inside_BT, dtype=logp.dtype).index_put((row, column), logp)
+
+
+def packed_logprobs(
+    model: Any, pack: Pack, attention: TreeAttention, *, temperature: float, chunk: int
+) -> Tensor:
+    """ln softmax(logits / temperature) of each token with a term in the loss, float32, [T].
+
+    Read at its predecessor in the tree. Logits exist for `chunk` tokens at a time.
+    """
+    features_MD = features(model, pack.ids, pack.position, attention)
+    return chunked_logprobs(
+        model.get_output_embeddings(),
+        features_MD.index_select(0, pack.predecessor[pack.target]),
+        pack.ids[pack.target],
+        temperature=temperature,
+        chunk=chunk,
+    )

@@ -1,0 +1,1 @@
+"""A tree as the model computes it: each token once, attention to ancestors, its loss terms."""

@@ -1,0 +1,103 @@
+"""Checks the radix cache against computing afresh, on prefixes of the trees that grow now."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ibtree.messages import CacheAudit
+from server_ext.cache.client import TreeCache
+from server_ext.errors import EngineError, NoReplyError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-probability of one token after a prefix [nats], how many tokens of the prefix came
+    from the cache, and the weight version that scored."""
+
+    logprob: float
+    cached_tokens: int
+    version: int
+
+
+class Scorer(Protocol):
+    """What an audit needs of an engine."""
+
+    trees: TreeCache
+
+    async def score(
+        self, prefix: Sequence[int], token: int, *, tree: str = "", cold: bool = False
+    ) -> Score: ...
+
+
+@dataclass(frozen=True)
+class OpenPrefix:
+    """A prefix of a growing tree, and a token that followed it."""
+
+    tree: str
+    token_ids: tuple[int, ...]
+    next_token: int
+
+
+class Auditor:
+    """A few prefixes at a time, so that rollouts hardly notice."""
+
+    def __init__(self, engine: Scorer, open_prefixes: Callable[[], list[OpenPrefix]]) -> None:
+        """`open_prefixes`: of the trees that grow now."""
+        self._engine, self._open_prefixes = engine, open_prefixes
+        self._random = random.Random()
+
+    async def audit(self, samples: int) -> CacheAudit:
+        """Up to `samples` prefixes. Raises EngineError or NoReplyError."""
+        prefixes = self._open_prefixes()
+        chosen = self._random.sample(prefixes, min(samples, len(prefixes)))
+        total = CacheAudit()
+        for prefix in chosen:
+            if one := await self._compare(prefix):
+                total = _sum(total, one)
+        return total
+
+    async def run(self, every_s: float, report: Callable[[CacheAudit], None]) -> None:
+        """One prefix every `every_s` seconds, for ever."""
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                report(await self.audit(1))
+            except (EngineError, NoReplyError) as error:
+                _log.warning("cache audit failed: %s", error)
+
+    async def _compare(self, prefix: OpenPrefix) -> CacheAudit | None:
+        """None if the weights changed in between: then the two say nothing about the cache."""
+        [probe] = await self._engine.trees.probe([prefix.token_ids])
+        warm = await self._engine.score(prefix.token_ids, prefix.next_token, tree=prefix.tree)
+        cold = await self._engine.score(
+            prefix.token_ids, prefix.next_token, tree=prefix.tree, cold=True
+        )
+        if warm.version != cold.version:
+            return None
+        difference = abs(warm.logprob - cold.logprob)
+        return CacheAudit(
+            samples=1,
+            prefix_tokens=len(prefix.token_ids),
+            cached_tokens=warm.cached_tokens,
+            stale_tokens=probe.stale_tokens,
+            # not a number is no agreement, and would get lost in a maximum
+            max_difference=difference if math.isfinite(difference) else math.inf,
+        )
+
+
+def _sum(a: CacheAudit, b: CacheAudit) -> CacheAudit:
+    return CacheAudit(
+        samples=a.samples + b.samples,
+        prefix_tokens=a.prefix_tokens + b.prefix_tokens,
+        cached_tokens=a.cached_tokens + b.cached_tokens,
+        stale_tokens=a.stale_tokens + b.stale_tokens,
+        max_difference=max(a.max_difference, b.max_difference),
+    )

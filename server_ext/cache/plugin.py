@@ -1,0 +1,121 @@
+"""SGLang's plugin entry point (`sglang.srt.plugins`): the backend `ibtree` and its messages.
+
+SGLang logs and swallows what goes wrong in a plugin, so the factory, which runs in the scheduler,
+checks that every hook took, and fails the start-up if one did not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
+
+from server_ext.cache.names import BACKEND
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+
+class TreeCacheReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """From the server to every rank: trees opened (or renewed) and closed.
+
+    `now_s` and the deadlines (opened: name → deadline_s) are on the sender's clock [s]: ranks
+    never look at one of their own. `probes`: prefixes to look up. `reply`: names the answer;
+    0 wants none.
+    """
+
+    now_s: float
+    opened: dict[str, float] = msgspec.field(default_factory=dict)
+    closed: list[str] = msgspec.field(default_factory=list)
+    probes: list[list[int]] = msgspec.field(default_factory=list)
+    reply: int = 0
+
+
+class TreeCacheReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
+    """From each data-parallel rank: the accounts of the trees closed (asked, cached, refilled,
+    protected [tokens]), per probe (tokens cached, of those computed with other weights), and the
+    state of the cache. `ranks_agree`: every tensor-parallel rank took the same decisions."""
+
+    reply: int
+    accounts: list[tuple[int, int, int, int]]
+    probes: list[tuple[int, int]]
+    open_trees: int
+    protected_tokens: int
+    evicted_tokens: int
+    capacity_tokens: int
+    pool_tokens: int
+    ranks_agree: bool
+
+
+def register() -> None:
+    """Called by SGLang in every process that may need it."""
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    hook_custom_types(TreeCacheReqInput, TreeCacheReqOutput)
+    register_radix_cache_backend(BACKEND, _create)
+    for method, hook in _HOOKS.items():
+        HookRegistry.register(f"{_SCHEDULER}.{method}", hook, HookType.AFTER)
+
+
+def _create(context: Any) -> Any:
+    """The factory of `--radix-cache-backend ibtree`. Raises RuntimeError if a hook did not take."""
+    from sglang.srt.mem_cache.registry import (
+        create_unified_radix_cache,
+        default_radix_cache_factory,
+    )
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from server_ext.cache.radix import IbTreeCache
+
+    for method in _HOOKS:
+        target = f"{_SCHEDULER}.{method}"
+        if target not in HookRegistry._patched:
+            raise RuntimeError(f"radix cache backend {BACKEND}: the hook on {target} did not take")
+    if context.disable_radix_cache:
+        return default_radix_cache_factory(context)
+    return create_unified_radix_cache(context, cache_class=IbTreeCache)
+
+
+def _take_messages(_: None, scheduler: Any) -> None:
+    from sglang.utils import TypeBasedDispatcher
+
+    def handle(request: TreeCacheReqInput) -> TreeCacheReqOutput | None:
+        return _handle(scheduler.tree_cache, request)  # which does not exist yet
+
+    scheduler._request_dispatcher += TypeBasedDispatcher([(TreeCacheReqInput, handle)])
+
+
+def _weights_changed(_: None, scheduler: Any, **__: Any) -> None:
+    from server_ext.cache.radix import IbTreeCache
+
+    if isinstance(scheduler.tree_cache, IbTreeCache):
+        scheduler.tree_cache.weights_changed()
+
+
+_HOOKS = {
+    "init_request_dispatcher": _take_messages,
+    "record_weight_version_change": _weights_changed,
+}
+
+
+def _handle(cache: Any, request: TreeCacheReqInput) -> TreeCacheReqOutput | None:
+    trees = cache.trees
+    trees.expire(request.now_s)
+    for name, deadline_s in request.opened.items():
+        trees.open(name, deadline_s)
+    accounts = [trees.close(name) for name in request.closed]
+    probes = [cache.probe(token_ids) for token_ids in request.probes]
+    if not request.reply:
+        return None
+    return TreeCacheReqOutput(
+        reply=request.reply,
+        accounts=[(a.asked, a.cached, a.refilled, a.protected) for a in accounts],
+        probes=probes,
+        open_trees=len(trees),
+        protected_tokens=trees.protected_tokens,
+        evicted_tokens=trees.evicted_tokens,
+        capacity_tokens=trees.capacity_tokens,
+        pool_tokens=cache.pool_tokens,
+        ranks_agree=cache.ranks_agree(),
+    )

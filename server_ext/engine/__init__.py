@@ -1,0 +1,1 @@
+"""The inference engine: a port, and SGLang behind it."""

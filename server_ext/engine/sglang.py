@@ -1,0 +1,315 @@
+"""The engine port's SGLang side (pinned: 0.5.21)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from ibtree.tree import Finish
+from ibtree.tree.options import SamplingOptions
+from server_ext.cache.audit import Score
+from server_ext.cache.client import TreeCache
+from server_ext.cache.names import BACKEND
+from server_ext.capacity.gate import Gate
+from server_ext.engine import cpu
+from server_ext.engine.arguments import server_arguments
+from server_ext.engine.port import Completion
+from server_ext.errors import DrainTimeout, EngineError, MixedWeightsError, StillBusy
+
+if TYPE_CHECKING:
+    import torch
+
+_BUCKET_BYTES = 512 * 1024 * 1024
+_SCORING = {"max_new_tokens": 1, "temperature": 1.0}
+_SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class SglangEngine:
+    """`sgl.Engine` in this process; its scheduler and detokenizer are children.
+
+    Constructing it blocks until the model is loaded. Everything else runs on one event loop.
+    """
+
+    backend = BACKEND
+    """Name of its radix cache backend; empty: SGLang's own."""
+
+    def __init__(
+        self,
+        model: str,
+        device: str,
+        dtype: str,
+        drain_timeout_s: float,
+        arguments: Sequence[str],
+        switch: Literal["interrupt", "drain"] = "interrupt",
+    ) -> None:
+        """`switch`: what weight updates do to rollouts in flight (see `paused`)."""
+        if device == "cpu":
+            cpu.select()
+        import sglang as sgl
+        from sglang.srt.managers import io_struct
+
+        server_args = server_arguments(model, device, dtype, self.backend, arguments)
+        if server_args.dp_size > 1:
+            # the controller of the ranks loads no plugins: it can not decode our messages, but
+            # it can pass on pickles
+            os.environ["SGLANG_USE_PICKLE_IPC"] = "1"
+            io_struct._USE_PICKLE_IPC = True
+        self._engine = sgl.Engine(server_args=server_args)
+        config = self._engine.tokenizer_manager.model_config
+        self.context_tokens = int(config.context_len)
+        self.dtype = _SAFETENSORS_DTYPES[str(config.dtype).removeprefix("torch.")]
+        self._tp_size = int(server_args.tp_size)
+        self.trees = self._tree_cache(int(server_args.dp_size))
+        self._drain_timeout_s = drain_timeout_s if switch == "drain" else None
+        self._gate = Gate()
+        self._retracted = False
+        self._loads, self._trial, self._withdrawn = 0, "", set[str]()
+        """Of the weight labels: how many there were; the one that may still be taken back, if any;
+        those that were."""
+        self._waiting: dict[str, asyncio.Task[Any] | None] = {}
+        self._names: dict[str, str] = {}
+        """By what SGLang knows the requests that are under way."""
+
+    def _tree_cache(self, ranks: int) -> TreeCache:
+        """The server's end of the radix backend, on SGLang's own message queue."""
+        from sglang.utils import TypeBasedDispatcher
+
+        from server_ext.cache.plugin import TreeCacheReqInput, TreeCacheReqOutput
+
+        manager = self._engine.tokenizer_manager
+
+        def send(**message: Any) -> None:
+            manager._dispatch_to_scheduler(TreeCacheReqInput(**message))
+
+        trees = TreeCache(send, ranks)
+        manager._result_dispatcher += TypeBasedDispatcher([(TreeCacheReqOutput, trees.replied)])
+        return trees
+
+    async def generate(
+        self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
+    ) -> Completion:
+        """One request; cancelling the caller aborts it. What weights gave that were taken back is
+        thrown away and generated again. Raises EngineError."""
+        parameters: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_new_tokens": max_new_tokens,
+            "skip_special_tokens": False,
+        }
+        if sampling.stop or sampling.stop_token_ids:
+            parameters |= {
+                "stop": list(sampling.stop),
+                "stop_token_ids": list(sampling.stop_token_ids),
+                "no_stop_trim": True,
+            }
+        tree, _, _ = rid.rpartition("/")
+        attempt = 0
+        while True:
+            # what SGLang still does for an ended request of the same name hits the next one
+            self._names[rid] = name = f"{rid}.{attempt}" if attempt else rid
+            try:
+                out = await self._ask(name, tree, token_ids, parameters)
+            finally:
+                del self._names[rid]
+            labels = {span["version"] for span in out["meta_info"]["weight_versions"]}
+            if self._trial in labels:
+                async with self._waits(rid):
+                    await self._gate.opened()
+            if not labels & self._withdrawn:
+                return _completion(out, len(token_ids))
+            attempt += 1
+
+    @asynccontextmanager
+    async def _waits(self, rid: str) -> AsyncIterator[None]:
+        """The request is not in the engine: to abort it is to cancel who waits for it."""
+        self._waiting[rid] = asyncio.current_task()
+        try:
+            yield
+        finally:
+            self._waiting.pop(rid, None)
+
+    async def _ask(
+        self, rid: str, tree: str, token_ids: Sequence[int], parameters: dict[str, Any], **more: Any
+    ) -> dict[str, Any]:
+        """Sends a request when the gate is open, to the rank that holds the tree."""
+        async with self._waits(rid), self._gate.rollout():
+            del self._waiting[rid]
+            return await self._send(rid, tree, token_ids, parameters, **more)
+
+    async def _send(
+        self, rid: str, tree: str, token_ids: Sequence[int], parameters: dict[str, Any], **more: Any
+    ) -> dict[str, Any]:
+        try:
+            out: dict[str, Any] = await self._engine.async_generate(
+                input_ids=list(token_ids),
+                sampling_params=parameters,
+                return_logprob=True,
+                rid=rid,
+                routed_dp_rank=self.trees.rank(tree),
+                **more,
+            )
+        except ValueError as error:
+            raise EngineError(f"request {rid}: {error}") from error
+        return out
+
+    async def most_running(self) -> int:
+        """Requests that it runs at once; more would wait in its own queue, in order."""
+        states = await self._engine.tokenizer_manager.get_internal_state()
+        return sum(int(state["effective_max_running_requests_per_dp"]) for state in states)
+
+    def abort(self, rid: str) -> None:
+        """Ends a request early: its `generate` returns what it has, or is cancelled if it still
+        waits for a weight update."""
+        name = self._names.get(rid, rid)
+        if waiting := self._waiting.get(name):
+            waiting.cancel()
+        else:
+            self._engine.tokenizer_manager.abort_request(name)
+
+    async def score(
+        self, prefix: Sequence[int], token: int, *, tree: str = "", cold: bool = False
+    ) -> Score:
+        """Scores `token` after the prefix, at temperature 1, where the tree's prefixes are cached
+        or, if `cold`, afresh. Cancelling the caller aborts it. Raises EngineError."""
+        rid = f"score-{uuid.uuid4().hex}"
+        salt = rid if cold else None
+        out = await self._ask(
+            rid, tree, prefix, _SCORING, token_ids_logprob=[token], cache_salt=salt
+        )
+        return _score(out)
+
+    async def try_out(self, prefix: Sequence[int], token: int) -> float:
+        """Only inside `paused`: the log-probability of `token` after the prefix, computed afresh at
+        temperature 1 [nats]. Interrupted rollouts go on from here; what they give waits for the
+        end of `paused`, and is thrown away if another `load` comes before. Raises EngineError."""
+        await self._resume()
+        rid = f"try-{uuid.uuid4().hex}"
+        out = await self._send(rid, "", prefix, _SCORING, token_ids_logprob=[token], cache_salt=rid)
+        return _score(out).logprob
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """No rollout runs inside, new ones wait. Those in flight finish first (`drain`), or go back
+        to the engine's queue with the tokens they have and go on afterwards (`interrupt`).
+
+        Raises DrainTimeout if they do not finish in time. After MixedWeightsError inside, rollouts
+        wait for ever: the process is to end.
+        """
+        try:
+            async with self._gate.update(self._drain_timeout_s):
+                try:
+                    await self._retract()
+                    yield
+                except MixedWeightsError:
+                    self._gate.shut()
+                    raise
+                finally:
+                    self._trial = ""
+                    if not self._gate.is_shut:
+                        await self._resume()
+        except StillBusy as error:
+            raise DrainTimeout(f"{error}; nothing was applied") from error
+
+    async def _retract(self) -> None:
+        from sglang.srt.managers.io_struct import PauseGenerationReqInput
+
+        if self._drain_timeout_s is None and not self._retracted:
+            # of the other modes one aborts what runs, one keeps KV of the old weights
+            request = PauseGenerationReqInput(mode="retract")
+            await self._engine.tokenizer_manager.pause_generation(request)
+            self._retracted = True
+
+    async def _resume(self) -> None:
+        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
+
+        if self._retracted:
+            await self._engine.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
+            self._retracted = False
+
+    async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Swaps weights, all or some; only inside `paused`. What the radix cache holds of other
+        weights can not be hit any more (radix.py) and is evicted when its place is needed. A second
+        call inside one `paused` takes the first one's weights back.
+
+        Raises EngineError; the engine may then hold a mix of weights, and a whole version must be
+        loaded before rollouts go on.
+        """
+        from sglang.srt.managers.io_struct import (
+            BeginWeightUpdateReqInput,
+            EndWeightUpdateReqInput,
+            UpdateWeightsFromTensorReqInput,
+        )
+        from sglang.srt.utils import MultiprocessingSerializer
+
+        await self._retract()
+        if self._trial:
+            self._withdrawn.add(self._trial)
+        self._loads += 1
+        self._trial = f"{version}.{self._loads}"
+        manager = self._engine.tokenizer_manager
+        _check(await manager.begin_weight_update(BeginWeightUpdateReqInput(), None))
+        for bucket in _buckets(tensors):
+            # one payload a rank: each is consumed by the rank that reads it
+            parts = [MultiprocessingSerializer.serialize(bucket) for _ in range(self._tp_size)]
+            request = UpdateWeightsFromTensorReqInput(
+                serialized_named_tensors=parts, flush_cache=False, weight_version=self._trial
+            )
+            _check(await manager.update_weights_from_tensor(request, None))
+        _check(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
+
+    def shutdown(self) -> None:
+        self._engine.shutdown()
+
+
+def _buckets(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        if size and size + tensor.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    yield bucket
+
+
+def _check(result: tuple[bool, str]) -> None:
+    success, message = result
+    if not success:
+        raise EngineError(f"weight update failed: {message}")
+
+
+def _version(span: dict[str, Any]) -> int:
+    return int(span["version"].partition(".")[0])
+
+
+def _score(out: dict[str, Any]) -> Score:
+    meta = out["meta_info"]
+    [[(logprob, _, _)]] = meta["output_token_ids_logprobs"]
+    [span] = meta["weight_versions"]
+    return Score(float(logprob), int(meta["cached_tokens"]), _version(span))
+
+
+def _completion(out: dict[str, Any], prefix_tokens: int) -> Completion:
+    meta = out["meta_info"]
+    pairs = meta["output_token_logprobs"]
+    reason = (meta["finish_reason"] or {}).get("type")
+    versions = [0] * len(pairs)
+    for span in meta["weight_versions"]:
+        start, end = span["start"], span["end"]
+        versions[start:end] = [_version(span)] * (end - start)
+    return Completion(
+        token_ids=tuple(int(token) for _, token, _ in pairs),
+        logprobs=tuple(float(logprob) for logprob, _, _ in pairs),
+        versions=tuple(versions),
+        finish={"stop": Finish.STOP, "length": Finish.LENGTH}.get(reason or "", Finish.NONE),
+        prefix_tokens=prefix_tokens,
+        cached_tokens=int(meta.get("cached_tokens", 0)),  # missing: aborted before it began
+    )

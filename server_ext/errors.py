@@ -1,0 +1,97 @@
+"""Errors of the server: each with its gRPC status, whose fault it is, and whether to retry."""
+
+from __future__ import annotations
+
+from ibtree.errors import Fault, IbtpoError, PreconditionError
+
+# ---- the caller's
+
+
+class ConflictError(IbtpoError, RuntimeError):
+    """An id is already known with other content."""
+
+    status, fault = "ALREADY_EXISTS", Fault.CALLER
+
+
+class UnknownLeaseError(IbtpoError, LookupError):
+    """A lease is unknown or ran out."""
+
+    status, fault = "NOT_FOUND", Fault.CALLER
+
+
+class BusyError(IbtpoError, RuntimeError):
+    """Too much waits already; nothing was taken. Come back after `retry_after_s` seconds."""
+
+    status, fault, retry = "RESOURCE_EXHAUSTED", Fault.CALLER, True
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFullError(IbtpoError, RuntimeError):
+    """More prompts than may be queued; `excess` have to be grown first."""
+
+    status, fault, retry = "RESOURCE_EXHAUSTED", Fault.CALLER, True
+
+    def __init__(self, queued: int, new: int, most: int) -> None:
+        super().__init__(f"{queued} prompts are queued, {new} more do not fit: at most {most}")
+        self.excess = queued + new - most
+
+
+class BrokenPushError(IbtpoError, RuntimeError):
+    """A part of a push was lost on its way; the same push may go on from there."""
+
+    status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
+
+
+class CanaryError(PreconditionError):
+    """Engine and learner disagree about a version; it is taken back."""
+
+
+# ---- the tree's
+
+
+class GrowthError(IbtpoError, RuntimeError):
+    """The tree cannot be grown; as it is: no rollout finished before it had to end."""
+
+    status, fault = "DEADLINE_EXCEEDED", Fault.TREE
+
+
+# ---- a dependency's
+
+
+class RolloutLostError(GrowthError):
+    """The engine ended a rollout that nobody aborted."""
+
+    status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
+
+
+class EngineError(IbtpoError, RuntimeError):
+    """The engine refused or lost a request, or an update of its weights."""
+
+    status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
+
+
+class DrainTimeout(EngineError):
+    """Rollouts did not end in time for an update; the weights are as they were."""
+
+
+class MixedWeightsError(EngineError):
+    """An update failed half-way and the old version could not be put back: stop serving."""
+
+
+class NoReplyError(IbtpoError, RuntimeError):
+    """The radix backend did not answer."""
+
+    status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
+
+
+class GraderUnavailableError(IbtpoError, RuntimeError):
+    """Nobody could grade now: a reward of 0 would be a lie."""
+
+    status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
+
+
+class StillBusy(TimeoutError):
+    """Rollouts did not pass the gate in time; it is open again. Inside the server only."""

@@ -1,1 +1,0 @@
-"""Growing trees: segmenting rollouts into steps, strategies, the grower. No gRPC, no SGLang."""

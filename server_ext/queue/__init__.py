@@ -1,0 +1,1 @@
+"""Prompts and scored trees that survive a restart, and what grows the one into the other."""

@@ -1,0 +1,1 @@
+"""Growing trees: prompts checked, rollouts sampled, cut into steps, graded, branched."""

@@ -1,0 +1,184 @@
+"""Every growing tree: checks prompts at the door, admits trees, grows them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ibtree.errors import FieldError
+from ibtree.messages import Chat, Expansion, Prompt
+from ibtree.tree import Tree
+from ibtree.tree.options import TreeOptions, check_choice, completed
+from server_ext.cache.audit import OpenPrefix
+from server_ext.capacity.admission import Admission
+from server_ext.capacity.calls import Calls, Pace
+from server_ext.capacity.slots import Slots
+from server_ext.engine.port import Engine
+from server_ext.rewards.base import Graders
+from server_ext.trees.cuts import Segmenter
+from server_ext.trees.grower import SCHEDULES, Grower
+from server_ext.trees.job import Job
+from server_ext.trees.limits import Limits
+from server_ext.trees.sampler import Means, TreeSampler
+from server_ext.trees.strategies import strategy_named
+from server_ext.trees.text import Tokenizer
+
+_MAX_ID_CHARACTERS = 256
+
+
+class Forest:
+    """Grows trees; whoever grows one holds one of the `places`, or one of the `calls`' places."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        segmenter: Segmenter,
+        graders: Graders,
+        *,
+        model_id: str,
+        defaults: TreeOptions,
+        default_grader: str,
+        limits: Limits,
+        max_open_trees: int,
+        max_calls: int,
+        max_waiting_calls: int,
+        max_rollouts: int,
+        cache_tokens: int | None,
+        ended: Callable[[Tree], None] = lambda _: None,
+    ) -> None:
+        """`max_rollouts` may be in flight at once; `cache_tokens`: what the radix cache can hold
+        for open trees (None: nobody knows); `ended` is told of each tree that was grown to its
+        end."""
+        self.defaults, self.model_id = defaults, model_id
+        self.slots, self.pace = Slots(max_rollouts), Pace()
+        self._means = Means(engine, tokenizer, segmenter, graders, self.slots)
+        self._engine, self._tokenizer = engine, tokenizer
+        self._graders, self._default_grader = graders, default_grader
+        self._limits = limits
+        self.places = asyncio.Semaphore(max_open_trees)
+        self.calls = Calls(max_calls, max_waiting_calls, self.pace)
+        self._admission = Admission(cache_tokens)
+        self._ended = ended
+        self._open: dict[str, Tree] = {}
+        check_job_names(defaults, graders, default_grader)
+        limits.applied(defaults)
+
+    def check(self, prompt: Prompt) -> Job:
+        """The job of a prompt. Raises FieldError that names the field and what is allowed."""
+        if len(prompt.id) > _MAX_ID_CHARACTERS:
+            problem = f"{len(prompt.id)} characters"
+            raise FieldError("prompt.id", problem, f"at most {_MAX_ID_CHARACTERS}")
+        options = completed(prompt.options, self.defaults)
+        grader = prompt.grader or self._default_grader
+        check_job_names(options, self._graders, grader)
+        self._graders.check(grader, prompt.answer)
+        options = self._limits.applied(options)
+        self._check_vocabulary("sampling.stop_token_ids", options.sampling.stop_token_ids)
+        token_ids = self._token_ids(prompt)
+        # the engine keeps a place for one more token than it is asked to generate
+        longest = self._engine.context_tokens - options.sampling.max_new_tokens - 1
+        if len(token_ids) > longest:
+            raise FieldError(
+                "prompt",
+                f"{len(token_ids)} tokens",
+                f"at most {longest}: context {self._engine.context_tokens} minus "
+                f"sampling.max_new_tokens {options.sampling.max_new_tokens} minus 1",
+            )
+        tree_id = prompt.id or uuid.uuid4().hex
+        return Job(tree_id, token_ids, prompt.answer, grader, options)
+
+    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt.content, str):
+            token_ids = self._tokenizer.encode(prompt.content)
+        elif isinstance(prompt.content, Chat):
+            _check_chat(prompt.content)
+            token_ids = self._tokenizer.encode_chat(prompt.content)
+        else:
+            token_ids = tuple(prompt.content)
+            self._check_vocabulary("prompt.token_ids", token_ids)
+        if not token_ids:
+            raise FieldError("prompt", "empty", "text, token_ids or chat of at least one token")
+        return token_ids
+
+    def _check_vocabulary(self, field: str, token_ids: Sequence[int]) -> None:
+        for token in token_ids:
+            if not 0 <= token < len(self._tokenizer):
+                raise FieldError(field, f"no token {token}", f"0 to {len(self._tokenizer) - 1}")
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        return self._tokenizer.decode(token_ids, special=False)
+
+    async def grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
+        """Grows the job's tree; hold a place. `submitted_at` is Unix seconds."""
+        options = job.options
+        most_tokens = options.trajectories * options.sampling.max_new_tokens
+        async with self._admission.place(
+            len(job.token_ids), most_tokens, urgent=job.urgent
+        ) as reservation:
+            tree = await self._grow(job, emit, submitted_at)
+            self._admission.ended(reservation, tree.unique_tokens)
+        self.pace.ended()
+        self._ended(tree)
+        return tree
+
+    async def _grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
+        tree = Tree(
+            prompt=job.token_ids,
+            tree_id=job.tree_id,
+            model_id=self.model_id,
+            answer=job.answer,
+            options=job.options,
+        )
+        tree.ledger.queue_s = max(time.time() - submitted_at, 0.0)
+        # a prompt may be grown again after a failure while its old requests still die
+        name = f"{job.tree_id}/{uuid.uuid4().hex[:8]}"
+        sampler = TreeSampler(self._means, job, name)
+
+        def tell(event: Expansion) -> None:
+            if job.include_text:
+                generated = tree.prefix(event.end_node)[tree.depth_tokens(event.start_node) :]
+                event = replace(event, text=self.text(generated))
+            emit(event)
+
+        self._engine.trees.open(name)
+        self._open[name] = tree
+        try:
+            await Grower(tree, strategy_named(job.options.strategy), sampler, tell).grow()
+            account = await self._engine.trees.close(name)
+        finally:
+            sampler.close()
+            del self._open[name]
+            self._engine.trees.drop(name)
+        tree.ledger.refilled_tokens = account.refilled
+        tree.ledger.protected_tokens = account.protected
+        return tree
+
+    def open_prefixes(self) -> list[OpenPrefix]:
+        """Of every tree that grows now: the prompt, and each node that has a child."""
+        return [
+            OpenPrefix(name, (*tree.prompt, *tree.prefix(node)), tree.steps[child].token_ids[0])
+            for name, tree in self._open.items()
+            for node in range(len(tree))
+            for child in tree.children(node)[:1]
+        ]
+
+
+def _check_chat(chat: Chat) -> None:
+    if not chat.messages:
+        raise FieldError("prompt.chat.messages", "empty", "at least one")
+    for at, turn in enumerate(chat.messages):
+        if not turn.role:
+            where = f"prompt.chat.messages[{at}].role"
+            raise FieldError(where, "empty", "a role of the model's chat template")
+
+
+def check_job_names(options: TreeOptions, graders: Graders, grader: str) -> None:
+    """Raises FieldError for an unknown strategy, schedule or grader."""
+    strategy_named(options.strategy)
+    check_choice("options.schedule", options.schedule, SCHEDULES)
+    graders.named(grader)

@@ -1,0 +1,117 @@
+"""Rollouts of one growing tree: joins engine, text, steps and judge."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from ibtree.tree import Finish, Step, Tree
+from server_ext.capacity.slots import Slots
+from server_ext.engine.port import Completion, Engine
+from server_ext.rewards.base import Graders
+from server_ext.trees.cuts import Segmenter, stop_length
+from server_ext.trees.grower import Rollout
+from server_ext.trees.job import Job
+from server_ext.trees.judge import Judge
+from server_ext.trees.text import Tokenizer
+
+_WARM_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Means:
+    """What every tree's sampler shares."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    segmenter: Segmenter
+    graders: Graders
+    slots: Slots
+
+
+class TreeSampler:
+    """The grower's sampler for one tree; request ids are `<name>/<rollout>`."""
+
+    def __init__(self, means: Means, job: Job, name: str) -> None:
+        self._engine, self._slots = means.engine, means.slots
+        self._tokenizer, self._segmenter = means.tokenizer, means.segmenter
+        self._job, self._name = job, name
+        self._judge = Judge(means.graders.named(job.grader), means.tokenizer, job)
+        self._in_flight: set[str] = set()
+        self._aborted = False
+        self._warming: asyncio.Task[None] | None = None
+
+    async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
+        if start == 0 and len(tree.prompt) >= _WARM_TOKENS:
+            await self._warmed(tree)
+            if self._aborted:
+                return Rollout([], Finish.NONE, 0, 0)
+        prefix = tree.prefix(start)
+        left = tree.options.sampling.max_new_tokens - len(prefix)
+        completion = await self._generate(tree, str(number), prefix, left)
+        finish, generated = completion.finish, len(completion.token_ids)
+        stops = tree.options.sampling.stop
+        stopped = stop_length(self._tokenizer.decode, prefix, completion.token_ids, stops)
+        if stopped and finish is not Finish.NONE:
+            finish, completion = Finish.STOP, completion.head(stopped)
+        return Rollout(
+            self._steps(completion),
+            finish,
+            completion.prefix_tokens,
+            completion.cached_tokens,
+            generated - len(completion.token_ids),
+        )
+
+    async def _warmed(self, tree: Tree) -> None:
+        """Computes the prompt once: requests that start together would each compute it."""
+
+        async def warm() -> None:
+            completion = await self._generate(tree, "prompt", (), 1)
+            tree.ledger.generated_tokens += len(completion.token_ids)
+            tree.ledger.prefix_tokens += completion.prefix_tokens
+            tree.ledger.cached_tokens += completion.cached_tokens
+
+        if self._warming is None:
+            self._warming = asyncio.create_task(warm())
+        await asyncio.shield(self._warming)
+
+    async def _generate(
+        self, tree: Tree, number: str, prefix: tuple[int, ...], max_new_tokens: int
+    ) -> Completion:
+        rid = f"{self._name}/{number}"
+        async with self._slots.place(self._name, urgent=self._job.urgent):
+            self._in_flight.add(rid)
+            try:
+                sampling, token_ids = tree.options.sampling, (*tree.prompt, *prefix)
+                return await self._engine.generate(rid, token_ids, sampling, max_new_tokens)
+            finally:
+                self._in_flight.discard(rid)
+
+    def _steps(self, completion: Completion) -> list[Step]:
+        steps, at = [], 0
+        for length in self._segmenter.lengths(completion.token_ids):
+            span = slice(at, at + length)
+            steps.append(
+                Step(
+                    completion.token_ids[span], completion.logprobs[span], completion.versions[span]
+                )
+            )
+            at += length
+        return steps
+
+    async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
+        return await self._judge.grade(token_ids)
+
+    def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
+        return self._judge.regraded(tree, end, token_ids)
+
+    def abort(self, tree: Tree) -> None:
+        self._aborted = True
+        self._slots.give_up(self._name)
+        for rid in list(self._in_flight):
+            self._engine.abort(rid)
+
+    def close(self) -> None:
+        """Nobody rolls any more."""
+        if self._warming:
+            self._warming.cancel()

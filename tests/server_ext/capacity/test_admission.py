@@ -1,0 +1,100 @@
+"""As many trees are open as the cache can hold, in the order they came."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+
+from server_ext.capacity.admission import Admission
+
+
+async def opened(
+    admission: Admission, stack: AsyncExitStack, most: int = 100, urgent: bool = False
+) -> asyncio.Task:
+    """A tree with a prompt of 10 tokens that waits for its place, or has it."""
+    place = admission.place(10, most, urgent=urgent)
+    task = asyncio.create_task(stack.enter_async_context(place))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_no_more_than_fit():
+    admission = Admission(330)
+    async with AsyncExitStack() as stack:
+        places = [await opened(admission, stack) for _ in range(4)]
+        assert [place.done() for place in places] == [True, True, True, False]
+        admission.ended(places[0].result(), 40)  # trees keep less than they might: 50 each
+        await asyncio.wait_for(places[3], 1)
+
+
+async def test_a_tree_that_ends_makes_room():
+    admission = Admission(120)
+    async with AsyncExitStack() as stack:
+        async with AsyncExitStack() as first:
+            await opened(admission, first)
+            second = await opened(admission, stack)
+            assert not second.done()
+        await asyncio.wait_for(second, 1)
+
+
+async def test_one_tree_is_always_let_in():
+    admission = Admission(5)
+    async with AsyncExitStack() as stack:
+        assert (await opened(admission, stack)).done()
+        waiting = await opened(admission, stack)
+        assert not waiting.done()
+        waiting.cancel()
+
+
+async def test_a_large_tree_is_not_overtaken():
+    admission = Admission(300)
+    async with AsyncExitStack() as stack, AsyncExitStack() as first:
+        await opened(admission, first)
+        large = await opened(admission, stack, most=280)
+        small = await opened(admission, stack, most=1)
+        assert not large.done() and not small.done()
+        await first.aclose()
+        await asyncio.wait_for(large, 1)
+
+
+async def test_one_that_gives_up_lets_the_next_in():
+    admission = Admission(120)
+    async with AsyncExitStack() as stack, AsyncExitStack() as first:
+        await opened(admission, first)
+        waiting = await opened(admission, stack)
+        behind = await opened(admission, stack)
+        waiting.cancel()
+        await first.aclose()
+        await asyncio.wait_for(behind, 1)
+
+
+async def test_no_limit():
+    admission = Admission(None)
+    async with AsyncExitStack() as stack:
+        assert all([(await opened(admission, stack)).done() for _ in range(100)])
+
+
+@pytest.mark.parametrize("kept", [0, 40])
+async def test_what_trees_keep_is_learnt(kept):
+    admission = Admission(1000)
+    async with AsyncExitStack() as stack:
+        for _ in range(50):
+            async with admission.place(10, 100) as place:
+                admission.ended(place, kept)
+        places = [await opened(admission, stack) for _ in range(101)]
+        assert sum(place.done() for place in places) == 1000 // (10 + kept)
+
+
+async def test_urgent_trees_wait_before_the_others():
+    admission = Admission(120)
+    async with AsyncExitStack() as stack, AsyncExitStack() as first:
+        await opened(admission, first)
+        queued = await opened(admission, stack)
+        urgent = await opened(admission, stack, urgent=True)
+        await first.aclose()
+        await asyncio.wait_for(urgent, 1)
+        assert not queued.done()
+        queued.cancel()

@@ -1,0 +1,23 @@
+"""Fixtures of the server's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server_ext.queue.book import Book
+from tests.server_ext.versions import Served
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Iterator[Book]:
+    book = Book(tmp_path / "deep" / "journal.sqlite", {"max_returns": 2, "max_failures": 3})
+    yield book
+    book.journal.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Served:
+    return Served(tmp_path)
