@@ -68,7 +68,7 @@ class Settings(BaseSettings):
 
     @classmethod
     def resolve(cls, prog: str, argv: list[str]) -> Self:
-        """As `load`, but raises ValidationError, ValueError or OSError."""
+        """Resolves them as `load` does, but raises ValidationError, ValueError or OSError."""
         cls._reject_unknown_environment()
         path = _config_path(argv) or os.environ.get(f"{cls.model_config['env_prefix']}CONFIG")
         if path and not Path(path).is_file():
@@ -105,7 +105,7 @@ def _check_file(path: Path) -> None:
 
 
 def _config_path(argv: list[str]) -> str | None:
-    """The last one counts, as for every other option."""
+    """The path of the last --config: as for every other option, the last one counts."""
     path = None
     for i, word in enumerate(argv):
         if word == "--config" and i + 1 < len(argv):

@@ -1,4 +1,4 @@
-"""What every process and any client of ibtpo shares: the Tree, its scores, the wire, the client.
+"""What every process and any client of ibtpo uses: the Tree, its scores, the wire, the client.
 
 Needs grpcio, protobuf and numpy only. The client is loaded on first use.
 """

@@ -268,7 +268,7 @@ def teacher_forced(model: Any, tokenizer: Any, n: int = 1000) -> float:
     rng = random.Random("teacher forced")
     pairs = [demonstration(rng, side=True) for _ in range(n)]
     ids, labels = collate(tokenizer, pairs)
-    found = model(input_ids=ids, use_cache=False).logits.argmax(-1)
+    predictions = model(input_ids=ids, use_cache=False).logits.argmax(-1)
     for row, (prompt, completion) in enumerate(pairs):
         text = prompt + completion
         for at in range(len(prompt), len(text)):
@@ -276,8 +276,8 @@ def teacher_forced(model: Any, tokenizer: Any, n: int = 1000) -> float:
                 # The step reads "a+b\n=": its right result, whatever the demonstration wrote.
                 value = (int(text[at - 5]) + int(text[at - 4 : at - 2])) % 10
                 labels[row, at] = tokenizer.encode(str(value))[0]
-    kept = labels[:, 1:] != IGNORED
-    return float((found[:, :-1] == labels[:, 1:])[kept].double().mean())
+    scored = labels[:, 1:] != IGNORED
+    return float((predictions[:, :-1] == labels[:, 1:])[scored].double().mean())
 
 
 def evaluate(model: Any, tokenizer: Any, n: int, seed: int) -> list[str]:

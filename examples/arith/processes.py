@@ -59,7 +59,7 @@ class Process:
         return "\n".join(self.said().splitlines()[-15:])
 
 
-class _SignalsHeld:
+class _SignalsDeferred:
     """Keeps SIGINT and SIGTERM back until the block ends, so that it happens as a whole."""
 
     def __enter__(self) -> None:
@@ -95,11 +95,11 @@ def running(line: Sequence[str], log: Path) -> Iterator[Process]:
     process = None
     with _terminated_by_exit():
         try:
-            with _SignalsHeld():
+            with _SignalsDeferred():
                 process = Process(line, log)
             yield process
         finally:
-            with _SignalsHeld():
+            with _SignalsDeferred():
                 if process:
                     process.stop()
 
@@ -152,7 +152,7 @@ def learner_command(server: str, prompts: Path, out_dir: Path, *arguments: str) 
 
 
 class Addresses(NamedTuple):
-    """Of a server's ports, as host:port."""
+    """The addresses of a server's ports, as host:port."""
 
     grpc: str
     health: str
@@ -163,8 +163,8 @@ def wait_until_serving(process: Process) -> Addresses:
     """The server's addresses, once the server has generated its first token."""
     until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
-        if found := _READY.search(process.said()):
-            address, health, web = found.groups()
+        if ready := _READY.search(process.said()):
+            address, health, web = ready.groups()
             host = address.rpartition(":")[0]
             return Addresses(address, f"{host}:{health}", f"{host}:{web}")
         if not process.running():

@@ -160,43 +160,43 @@ def chart(title: str, x_label: str, series: list[Series], log: bool = False) -> 
 
 def curves(runs: Sequence[Run], *keys: tuple[str, str]) -> list[Series]:
     """A figure's series for each run that has it: (its key, its name if there are several)."""
-    found = []
+    series = []
     for i, run in enumerate(runs):
         for j, (key, name) in enumerate(keys):
             points = [(row["step"], row.get(key)) for row in run.of("step")]
             if any(y is not None for _, y in points):
-                found.append(Series(f"{run.name} {name}".strip(), i, points, dashed=j > 0))
-    return found
+                series.append(Series(f"{run.name} {name}".strip(), i, points, dashed=j > 0))
+    return series
 
 
 def accuracy(runs: Sequence[Run], against: str) -> list[Series]:
     """Held-out accuracy against "tokens" or "step"; the tokens are those of the step before."""
-    found = []
+    series = []
     for i, run in enumerate(runs):
         steps = [row for row in run.of("step") if row.get(against) is not None]
-        place = {0: 0.0} | {row["step"]: row[against] for row in steps}
+        x_of_step = {0: 0.0} | {row["step"]: row[against] for row in steps}
         s = Series(run.name, i, [])
         for row in run.of("eval"):
-            if row["accuracy"] is not None and row["step"] in place:
-                s.points.append((place[row["step"]], row["accuracy"]))
+            if row["accuracy"] is not None and row["step"] in x_of_step:
+                s.points.append((x_of_step[row["step"]], row["accuracy"]))
                 low_high = row["accuracy_low"], row["accuracy_high"]
-                s.spread.append((place[row["step"]], *low_high))
-        found.append(s)
-    return found
+                s.spread.append((x_of_step[row["step"]], *low_high))
+        series.append(s)
+    return series
 
 
 def seconds(run: Run) -> list[Series]:
     """The phases of each step on top of one another."""
     rows = run.of("step")
-    below, found = [0.0] * len(rows), []
+    below, layers = [0.0] * len(rows), []
     for colour, phase in enumerate(PHASES):
         if not any(row.get(f"seconds_{phase}") for row in rows):
             continue
         top = [b + (r.get(f"seconds_{phase}") or 0.0) for b, r in zip(below, rows, strict=True)]
         spread = [(r["step"], a, b) for r, a, b in zip(rows, below, top, strict=True)]
-        found.append(Series(phase, colour, [], spread))
+        layers.append(Series(phase, colour, [], spread))
         below = top
-    return found
+    return layers
 
 
 def write_report(

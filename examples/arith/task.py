@@ -95,12 +95,12 @@ def problems(n: int, terms: int, seed: int, side: bool | None = None) -> list[Pr
     if n > possible * share / 2:
         raise ValueError(f"too few problems of {terms} terms to draw {n} distinct ones")
     rng = random.Random(f"{seed}/{terms}")
-    found: dict[str, Problem] = {}
-    while len(found) < n:
+    drawn: dict[str, Problem] = {}
+    while len(drawn) < n:
         problem = make_problem(rng, terms)
         if side is None or held_out(problem.prompt) == side:
-            found.setdefault(problem.prompt, problem)
-    return list(found.values())
+            drawn.setdefault(problem.prompt, problem)
+    return list(drawn.values())
 
 
 def split(

@@ -34,7 +34,7 @@ def shade(stops: tuple[RGB, RGB, RGB], value: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(low, high, strict=True))
 
 
-def places(tree: Tree) -> dict[int, tuple[int, float]]:
+def grid_positions(tree: Tree) -> dict[int, tuple[int, float]]:
     """Column and row of each node: every leaf has a row, a parent is centred on its children."""
     depth, rows, order, stack = {0: 0}, dict[int, float](), [], [0]
     while stack:
@@ -55,22 +55,22 @@ def tree_svg(tree: Tree, texts: Sequence[str]) -> str:
     value = score.values(tree, tree.options.value_estimator)
     confidence = score.confidences(tree, tree.options.confidence)
     ib = score.ib_scores(tree)
-    place = places(tree)
-    shown = {n: visible(texts[n]) for n in place}
+    positions = grid_positions(tree)
+    shown = {n: visible(texts[n]) for n in positions}
     lines = {n: _lines(text) for n, text in shown.items()}
     height = LINE * (max(map(len, lines.values())) + 3) + 2 * PAD
     at = {
         n: (column * (WIDTH + GAP_X) + 2, row * (height + GAP_Y) + 2)
-        for n, (column, row) in place.items()
+        for n, (column, row) in positions.items()
     }
-    most = max(tree.draws) or 1
+    max_draws = max(tree.draws) or 1
     edges, boxes = [], []
     for n, (x, y) in at.items():
         if n:
             above = at[tree.parents[n]]
             x0, y0, y1, mid = above[0] + WIDTH, above[1] + height / 2, y + height / 2, x - GAP_X / 2
             edges.append(
-                f'<path class="edge" stroke-width="{1 + 9 * tree.draws[n] / most:.1f}" '
+                f'<path class="edge" stroke-width="{1 + 9 * tree.draws[n] / max_draws:.1f}" '
                 f'd="M{x0:g} {y0:g}C{mid:g} {y0:g} {mid:g} {y1:g} {x:g} {y1:g}"/>'
             )
         facts = [

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _Parser(prog="ibtpo", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     groups = (sample, state, weights, evaluation)
-    for name, text, run, add_options in (one for group in groups for one in group.COMMANDS):
+    for name, text, run, add_options in (entry for group in groups for entry in group.COMMANDS):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--server", default=DEFAULT_TARGET, help="address of its gRPC port")
         command.add_argument("--json", action="store_true", help="print one JSON object")

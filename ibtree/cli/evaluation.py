@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from ibtree.cli.output import Command, print_figures
-from ibtree.data.questions import PLACE, read_questions
+from ibtree.data.questions import PLACEHOLDER, read_questions
 from ibtree.evaluation.accuracy import evaluate
 from ibtree.messages import Prompt
 from ibtree.tree.options import TreeOptions, changed
@@ -37,7 +37,7 @@ def _options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt-field", metavar="NAME", help=f"the prompt's; {fields}")
     command.add_argument("--answer-field", metavar="NAME", help="the answer's")
     template = "text to send, {prompt} in the place of the prompt"
-    command.add_argument("--prompt-template", default=PLACE, metavar="TEXT", help=template)
+    command.add_argument("--prompt-template", default=PLACEHOLDER, metavar="TEXT", help=template)
     command.add_argument("--grader", default="", help="grader by name; default: the server's")
     command.add_argument("--temperature", type=float, default=0.7, help="sampling temperature")
     command.add_argument("--max-new-tokens", type=int, default=2048, help="per rollout [tokens]")

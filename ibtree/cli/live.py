@@ -14,7 +14,7 @@ from rich.text import Text
 from ibtree.cli.output import printable
 from ibtree.messages import Expansion
 
-_LAST = 6
+_SHOWN_ROLLOUTS = 6
 _FIGURE_CELLS = 24
 
 
@@ -34,7 +34,7 @@ class GrowthView:
 
     def add(self, event: Expansion) -> None:
         self._rewards.append(event.reward)
-        self._last = (*self._last, event)[-_LAST:]
+        self._last = (*self._last, event)[-_SHOWN_ROLLOUTS:]
         self._bar.update(
             self._task,
             total=event.target_trajectories,
@@ -61,7 +61,7 @@ class GrowthView:
 
 
 def reward_text(reward: float) -> Text:
-    """Green where it is good."""
+    """A reward as text, green where it is good."""
     return Text(f"{reward:.2f}", style="green" if reward >= 0.5 else "red")
 
 

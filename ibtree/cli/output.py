@@ -13,11 +13,11 @@ Command = tuple[
     Callable[[argparse.Namespace], None],
     Callable[[argparse.ArgumentParser], None],
 ]
-"""Name, what it does, how it runs, and what adds its options."""
+"""A command: its name, what it does, how it runs, and what adds its options."""
 
 
 def printable(text: str) -> str:
-    r"""On one line, with everything that could steer a terminal escaped: "\n", "\x1b"."""
+    r"""The text on one line, with everything that could steer a terminal escaped: "\n", "\x1b"."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
@@ -28,7 +28,7 @@ def print_json(figures: dict[str, Any]) -> None:
 
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
-    """Names and values."""
+    """Prints names and values."""
     if as_json:
         print_json(figures)
         return

@@ -74,9 +74,9 @@ def _grown(
 
 
 def _prompt(arguments: argparse.Namespace) -> Prompt:
-    given = vars(arguments)
+    values = vars(arguments)
     names = [name for name, _, _ in _OPTIONS] + ["stop", "stop_token_ids"]
-    options = {name: given[name] for name in names if given[name] is not None}
+    options = {name: values[name] for name in names if values[name] is not None}
     stdin = arguments.prompt == "-"
     asked = _text("prompt", sys.stdin.buffer.read() if stdin else os.fsencode(arguments.prompt))
     content: str | Chat = asked

@@ -20,7 +20,8 @@ _GUIDE_CELLS, _ROW_CELLS = 4, 56
 
 
 def print_tree(tree: Tree, content: str | Sequence[int] | Chat) -> None:
-    """Its steps, then one line of what it cost and why it ended. `content`: the prompt's."""
+    """Prints the steps, then one line of what the tree cost and why it ended. `content`: the
+    prompt's."""
     asked = content.messages[-1].content if isinstance(content, Chat) else str(content)
     branches, depth = _branches(tree, asked)
     console = Console(highlight=False)

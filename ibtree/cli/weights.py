@@ -27,21 +27,25 @@ def _status(arguments: argparse.Namespace) -> None:
     figures: dict[str, Any] = asdict(served) | {"digest": served.digest.hex()}
     figures["file_bytes"] = served.kept[-1].file_bytes if served.kept else 0
     if arguments.json:
-        figures["kept"] = [asdict(one) | {"digest": one.digest.hex()} for one in served.kept]
+        figures["kept"] = [
+            asdict(weights) | {"digest": weights.digest.hex()} for weights in served.kept
+        ]
     else:
         del figures["kept"]
         now_s = time.time()
-        figures |= {f"kept {one.version}": _line(one, now_s) for one in reversed(served.kept)}
+        figures |= {
+            f"kept {weights.version}": _line(weights, now_s) for weights in reversed(served.kept)
+        }
     print_figures(figures, arguments.json)
 
 
-def _line(kept: KeptWeights, now_s: float) -> str:
-    words = [kept.digest.hex()[:12], f"{kept.file_bytes} bytes"]
-    if kept.base_version is not None:
-        words.append(f"on {kept.base_version}")
-    if kept.restored_version is not None:
-        words.append(f"version {kept.restored_version} again")
-    return ", ".join([*words, f"since {now_s - kept.served_at_s:.0f} s"])
+def _line(weights: KeptWeights, now_s: float) -> str:
+    words = [weights.digest.hex()[:12], f"{weights.file_bytes} bytes"]
+    if weights.base_version is not None:
+        words.append(f"on {weights.base_version}")
+    if weights.restored_version is not None:
+        words.append(f"version {weights.restored_version} again")
+    return ", ".join([*words, f"since {now_s - weights.served_at_s:.0f} s"])
 
 
 def _rollback(arguments: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ class RpcFailed(IbtpoError, RuntimeError):
 
 
 def failure(method: str, target: str, error: Any) -> RpcFailed:
-    """Of a grpc.RpcError that ended a call."""
+    """The RpcFailed of a grpc.RpcError that ended a call."""
     code, details = error.code(), error.details() or "no details"
     if code is grpc.StatusCode.UNAVAILABLE and "connect" in details.lower():
         details = f"no server answers there; {_REMEDY}"
@@ -77,7 +77,7 @@ def failure(method: str, target: str, error: Any) -> RpcFailed:
 
 
 class Deadline:
-    """Of one call, over all its attempts."""
+    """The time limit of one call, over all its attempts."""
 
     def __init__(self, timeout_s: float) -> None:
         self._until = time.monotonic() + timeout_s

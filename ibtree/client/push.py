@@ -14,12 +14,12 @@ from ibtree.messages import PushOutcome
 from ibtree.weights.manifest import WeightManifest
 from ibtree.wire import messages
 
-_FAILURES = 5
-_PAUSE_S = 0.2
+_MAX_FAILURES = 5
+_FIRST_PAUSE_S = 0.2
 
 
 class Exchange:
-    """Of one call: what is sent, in step with what the server answers."""
+    """What one call sends, in step with what the server answers."""
 
     def __init__(self, manifest: WeightManifest, path: Path, shared_path: str) -> None:
         self._manifest, self._path, self._shared_path = manifest, path, shared_path
@@ -60,6 +60,6 @@ class Resumption:
         reached = -1 if started_at is None else started_at
         self._failures = 1 if reached > self._reached else self._failures + 1
         self._reached = max(self._reached, reached)
-        if self._failures >= _FAILURES:
+        if self._failures >= _MAX_FAILURES:
             raise failed
-        return _PAUSE_S * 2.0 ** (self._failures - 1)
+        return _FIRST_PAUSE_S * 2.0 ** (self._failures - 1)

@@ -13,8 +13,8 @@ from typing import Any
 from ibtree.data.sources import rows
 from ibtree.errors import FieldError
 
-PLACE = "{prompt}"
-_FINAL = "####"
+PLACEHOLDER = "{prompt}"
+_ANSWER_MARK = "####"
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,25 @@ def read_questions(
     source: str | Path,
     prompt_field: str | None = None,
     answer_field: str | None = None,
-    template: str = PLACE,
+    template: str = PLACEHOLDER,
 ) -> list[Question]:
     """The questions of a JSONL or Parquet file, or of a Hugging Face dataset
     `hf:NAME[:CONFIG[:SPLIT]]` (split train unless named).
 
     A field that is None is found: `prompt` and, where it is there, `answer`; else `question` and
     `answer`, as in GSM8K. An answer whose last line is `#### 18`, GSM8K's way to end a worked one,
-    is 18. `template` is the prompt with {prompt} in the place of the field's text. Raises
+    is 18. `template` is the prompt with {prompt} in place of the field's text. Raises
     FieldError with the line or row for anything but text, and numbers as answers.
     """
-    if PLACE not in template:
-        raise FieldError("prompt_template", f"got {template!r}", f"text that holds {PLACE}")
+    if PLACEHOLDER not in template:
+        raise FieldError("prompt_template", f"got {template!r}", f"text that holds {PLACEHOLDER}")
     pick = partial(_pick, prompt_field, answer_field)
     questions = []
     for where, prompt, answer in rows(str(source), pick):
         if not isinstance(prompt, str) or not prompt:
             raise FieldError(where, "the prompt is empty or no text", "text")
-        asked = template.replace(PLACE, _sound(where, prompt))
-        questions.append(Question(asked, _sound(where, _answer(where, answer))))
+        asked = template.replace(PLACEHOLDER, _encodable(where, prompt))
+        questions.append(Question(asked, _encodable(where, _answer(where, answer))))
     if not questions:
         raise FieldError("prompts", f"{source} holds no prompts", "at least one")
     return questions
@@ -84,15 +84,17 @@ def _answer(where: str, answer: Any) -> str:
 def _final(where: str, answer: str) -> str:
     """What follows the mark if that is how the last line begins."""
     last = answer.rstrip().rpartition("\n")[2]
-    if not last.startswith(_FINAL):
+    if not last.startswith(_ANSWER_MARK):
         return answer
-    final = last.removeprefix(_FINAL).strip()
+    final = last.removeprefix(_ANSWER_MARK).strip()
     if not final:
-        raise FieldError(where, f"the answer has nothing after {_FINAL}", f"{_FINAL} 18")
+        raise FieldError(
+            where, f"the answer has nothing after {_ANSWER_MARK}", f"{_ANSWER_MARK} 18"
+        )
     return final
 
 
-def _sound(where: str, text: str) -> str:
+def _encodable(where: str, text: str) -> str:
     """The text, which the wire can carry: JSON can write half a character."""
     try:
         text.encode()

@@ -14,13 +14,13 @@ HUB = "hf:"
 ALLOWED = f"a JSONL file, a .parquet file or {HUB}NAME[:CONFIG[:SPLIT]]"
 
 Row = tuple[str, Any, Any]
-"""Where it stands, its prompt, and its answer or None."""
+"""A row of prompts: where it stands, its prompt, and its answer or None."""
 Pick = Callable[[str, Collection[str]], tuple[str, str | None]]
-"""From where a row stands and its fields: the names of the prompt's and of the answer's."""
+"""The names of the prompt's and of the answer's field, from where a row stands and its fields."""
 
 
 def rows(source: str, pick: Pick) -> Iterator[Row]:
-    """Raises FieldError with the place for what cannot be read."""
+    """The rows of a source. Raises FieldError that says where something cannot be read."""
     if source.startswith(HUB):
         return _hub_rows(source, pick)
     path = Path(source)

@@ -49,20 +49,20 @@ async def evaluate_async(
         branch_nodes=1,
         branch_rollouts=1,
     )
-    places = asyncio.Semaphore(in_flight)
+    permits = asyncio.Semaphore(in_flight)
 
-    async def one(client: AsyncClient, prompt: Prompt) -> float:
-        async with places:
+    async def evaluate_prompt(client: AsyncClient, prompt: Prompt) -> float:
+        async with permits:
             asked = Prompt(prompt.content, "", prompt.answer, prompt.grader, single)
             tree = await client.sample_tree(asked, timeout_s=timeout_s)
             return float(tree.rewards()[0])
 
     async with AsyncClient(target) as client:
-        rewards = await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+        rewards = await asyncio.gather(*(evaluate_prompt(client, prompt) for prompt in prompts))
     mean = sum(rewards) / max(len(rewards), 1)
     return Accuracy(mean, *wilson(mean, len(rewards)), len(rewards))
 
 
 def evaluate(target: str, prompts: Sequence[Prompt], options: TreeOptions) -> Accuracy:
-    """As `evaluate_async`, for a caller without an event loop."""
+    """The accuracy as `evaluate_async` finds it, for a caller without an event loop."""
     return asyncio.run(evaluate_async(target, prompts, options))

@@ -52,13 +52,13 @@ def confidences(tree: Tree, form: str, logprobs: Floats | None = None) -> Floats
     if form != "sibling":
         confidence: Floats = np.exp(sums)
         return confidence
-    shares = np.ones(len(tree))
+    normalised = np.ones(len(tree))
     for node in range(len(tree)):
         kids = tree.children(node)
         if kids:
             relative = np.exp(sums[kids] - sums[kids].max())
-            shares[kids] = relative / relative.sum()
-    return shares
+            normalised[kids] = relative / relative.sum()
+    return normalised
 
 
 def info_gains(tree: Tree, value: Floats, beta: float, zero_value_ratio: float = 0.0) -> Floats:

@@ -106,7 +106,7 @@ class Tree:
     finishes: list[Finish] = field(default_factory=lambda: [Finish.NONE])
     born: list[int] = field(default_factory=lambda: [0])
     texts: list[str] = field(default_factory=list)
-    """Of a tree that came over the wire with them: the text of each node."""
+    """The text of each node, where the tree came over the wire with them."""
     _children: list[dict[tuple[int, ...], int]] = field(default_factory=lambda: [{}])
 
     def __len__(self) -> int:
@@ -234,7 +234,7 @@ class Tree:
 
         Every sibling that begins with those tokens is folded: the upper part is shared, draws and
         visits add up, and what lies below merges where its tokens are equal. A node merged away
-        stays as an empty entry that `alive` maps to the node that took its place, so ids held by
+        stays as an empty entry that `alive` maps to the node that replaced it, so ids held by
         rollouts in flight stay good. Raises ValueError unless 0 < at < the step's length.
         """
         if not (0 < node < len(self) and 0 < at < len(self.steps[node].token_ids)):

@@ -31,8 +31,8 @@ Bits = NDArray[Any]
 """A tensor's bit patterns: unsigned integers of its element's width, one-dimensional."""
 
 _BLOCK = 2**18
-_LEVEL = 1
-_KINDS = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}
+_ZSTD_LEVEL = 1
+_INTEGER_TYPES = {2: (np.uint16, np.int16), 4: (np.uint32, np.int32)}
 _THREADS = 2
 
 
@@ -43,14 +43,14 @@ def bits(data: Any, dtype: str) -> Bits:
     """
     if dtype not in DTYPE_BYTES:
         raise FieldError("weights", f"dtype {dtype}", " | ".join(DTYPE_BYTES))
-    return np.frombuffer(data, _KINDS[DTYPE_BYTES[dtype]][0])
+    return np.frombuffer(data, _INTEGER_TYPES[DTYPE_BYTES[dtype]][0])
 
 
 def encode(old: Bits, new: Bits) -> bytes:
     """The records that turn `old` into `new`; empty if they are equal."""
     import zstandard
 
-    compressor = zstandard.ZstdCompressor(level=_LEVEL)
+    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
     records, changed = [], False
     for at in range(0, len(new), _BLOCK):
         difference = new[at : at + _BLOCK] - old[at : at + _BLOCK]
@@ -64,7 +64,7 @@ def encode(old: Bits, new: Bits) -> bytes:
 def _frame(where: NDArray[np.int64], difference: Bits) -> bytes:
     gaps = _gap_bytes(np.diff(where, prepend=-1) - 1)
     sizes = np.array([len(where), len(gaps)], np.uint32)
-    signed = difference.view(_KINDS[difference.itemsize][1])
+    signed = difference.view(_INTEGER_TYPES[difference.itemsize][1])
     zigzag = (signed << 1) ^ (signed >> (8 * difference.itemsize - 1))
     planes = zigzag.view(np.uint8).reshape(-1, difference.itemsize).T
     return sizes.tobytes() + gaps.tobytes() + planes.tobytes()

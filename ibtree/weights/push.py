@@ -58,9 +58,9 @@ class SharedFolderTransport:
         self, manifest: WeightManifest, path: Path, *, timeout_s: float, wait: bool = False
     ) -> PushOutcome:
         name = f"push-{self._name or uuid.uuid4().hex}.safetensors"
-        placed = self._folder / name
+        copy_path = self._folder / name
         try:
-            with path.open("rb") as source, placed.open("wb") as target:
+            with path.open("rb") as source, copy_path.open("wb") as target:
                 shutil.copyfileobj(source, target)
                 target.flush()
                 os.fsync(target.fileno())  # another machine may be the one that reads it
@@ -68,4 +68,4 @@ class SharedFolderTransport:
                 manifest, path, shared_path=name, timeout_s=timeout_s, wait=wait
             )
         finally:
-            placed.unlink(missing_ok=True)
+            copy_path.unlink(missing_ok=True)

@@ -68,12 +68,12 @@ def mapped(path: Path) -> dict[str, MappedTensor]:
     start, header = read_header(path)
     with path.open("rb") as file:
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    found = {}
+    tensors = {}
     for name, entry in sorted(header.items()):
         low, high = entry["data_offsets"]
         spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
-        found[name] = MappedTensor(spec, data[start + low : start + high])
-    return found
+        tensors[name] = MappedTensor(spec, data[start + low : start + high])
+    return tensors
 
 
 def describe(path: Path) -> tuple[TensorSpec, ...]:

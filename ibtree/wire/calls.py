@@ -80,7 +80,7 @@ AUDIT_CACHE = _method("CacheService", cache_pb2, "AuditCache")
 GRADE = _method("RewardService", reward_pb2, "Grade")
 
 SERVICES = ("TreeSamplingService", "TreeQueueService", "WeightsService", "CacheService")
-"""Those of an ibtpo-server; RewardService is the user's own."""
+"""The services of an ibtpo-server; RewardService is the user's own."""
 
 
 def sample_tree(prompt: Prompt, include_text: bool, tree_only: bool) -> Call[Expansion | Tree]:

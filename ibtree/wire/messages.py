@@ -58,7 +58,7 @@ def prompt_from_proto(message: sampling_pb2.Prompt, defaults: TreeOptions) -> Pr
 
 
 def prompt_from_bytes(data: bytes, defaults: TreeOptions) -> Prompt:
-    """Of a serialized ibtree.v1.Prompt. Raises FieldError as `prompt_from_proto` does."""
+    """The prompt in a serialized one. Raises FieldError as `prompt_from_proto` does."""
     return prompt_from_proto(sampling_pb2.Prompt.FromString(data), defaults)
 
 
@@ -87,7 +87,7 @@ def event_from_proto(message: sampling_pb2.SampleTreeResponse) -> Expansion | Tr
 
 
 def grade_request(submissions: Iterable[Submission]) -> reward_pb2.GradeRequest:
-    trajectories = [reward_pb2.Trajectory(**asdict(one)) for one in submissions]
+    trajectories = [reward_pb2.Trajectory(**asdict(submission)) for submission in submissions]
     return reward_pb2.GradeRequest(trajectories=trajectories)
 
 
@@ -187,15 +187,17 @@ def state_to_proto(state: str) -> weights_pb2.WeightState.ValueType:
     return weights_pb2.WeightState.Value(_STATE + state.upper())
 
 
-def _state(number: weights_pb2.WeightState.ValueType) -> str:
+def _state_from_proto(number: weights_pb2.WeightState.ValueType) -> str:
     return weights_pb2.WeightState.Name(number).removeprefix(_STATE).lower()
 
 
-def kept_to_proto(kept: KeptWeights) -> weights_pb2.KeptWeights:
-    return weights_pb2.KeptWeights(**{f.name: getattr(kept, f.name) for f in fields(KeptWeights)})
+def kept_to_proto(weights: KeptWeights) -> weights_pb2.KeptWeights:
+    return weights_pb2.KeptWeights(
+        **{f.name: getattr(weights, f.name) for f in fields(KeptWeights)}
+    )
 
 
-def _kept(m: weights_pb2.KeptWeights) -> KeptWeights:
+def _kept_from_proto(m: weights_pb2.KeptWeights) -> KeptWeights:
     return KeptWeights(
         version=m.version,
         digest=m.digest,
@@ -210,12 +212,12 @@ def served_from_proto(m: weights_pb2.GetWeightsResponse) -> ServedWeights:
     return ServedWeights(
         version=m.version,
         digest=m.digest,
-        state=_state(m.state),
+        state=_state_from_proto(m.state),
         model_id=m.model_id,
         dtype=m.dtype,
         age_s=m.age_s,
         pause_s=m.pause_s,
-        kept=tuple(_kept(one) for one in m.kept),
+        kept=tuple(_kept_from_proto(weights) for weights in m.kept),
     )
 
 
@@ -234,7 +236,9 @@ def push_answer(m: weights_pb2.PushWeightsResponse) -> int | PushOutcome:
     if not m.HasField("pushed"):
         return m.send_from
     pushed = m.pushed
-    return PushOutcome(pushed.version, _state(pushed.state), pushed.digest, pushed.pause_s)
+    return PushOutcome(
+        pushed.version, _state_from_proto(pushed.state), pushed.digest, pushed.pause_s
+    )
 
 
 def rollback_from_proto(m: weights_pb2.RollbackWeightsResponse) -> RollbackOutcome:

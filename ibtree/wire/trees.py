@@ -35,16 +35,16 @@ def options_to_proto(options: TreeOptions | Mapping[str, Any]) -> pb.TreeOptions
 def options_from_proto(message: pb.TreeOptions, defaults: TreeOptions) -> TreeOptions:
     """Absent fields take `defaults`. Raises FieldError for a value that is not allowed."""
 
-    def given(part: Any, names: list[str]) -> dict[str, Any]:
+    def present(part: Any, names: list[str]) -> dict[str, Any]:
         """Fields that are there; a repeated one that is not empty."""
         there = {descriptor.name: value for descriptor, value in part.ListFields()}
         return {name: there[name] for name in names if name in there}
 
     outer = [f.name for f in fields(TreeOptions) if f.name != "sampling"]
     inner = [f.name for f in fields(SamplingOptions)]
-    values = {name: getattr(defaults, name) for name in outer} | given(message, outer)
+    values = {name: getattr(defaults, name) for name in outer} | present(message, outer)
     sampling = {name: getattr(defaults.sampling, name) for name in inner}
-    values["sampling"] = SamplingOptions(**(sampling | given(message.sampling, inner)))
+    values["sampling"] = SamplingOptions(**(sampling | present(message.sampling, inner)))
     return TreeOptions(**values)
 
 
@@ -53,7 +53,7 @@ def tree_to_proto(tree: Tree, text: Callable[[tuple[int, ...]], str] | None = No
     `text` decodes a step's ids, for callers who asked for `texts`."""
     grown_in_order = all(p < i for i, p in enumerate(tree.parents[1:], 1)) and all(tree.visits)
     nodes = list(range(len(tree))) if grown_in_order else list(tree.topological())
-    place = {node: i for i, node in enumerate(nodes)}
+    index_of = {node: i for i, node in enumerate(nodes)}
     steps = [tree.steps[n] for n in nodes]
     versions = [v for step in steps for v in step.versions]
     spans = [(version, sum(1 for _ in run)) for version, run in groupby(versions)]
@@ -64,7 +64,7 @@ def tree_to_proto(tree: Tree, text: Callable[[tuple[int, ...]], str] | None = No
         answer=tree.answer,
         first_round_reward=tree.first_round_reward,
         prompt_token_ids=tree.prompt,
-        parents=[place[tree.parents[n]] for n in nodes],
+        parents=[index_of[tree.parents[n]] for n in nodes],
         token_offsets=np.cumsum([0] + [len(s.token_ids) for s in steps]).tolist(),
         token_ids=[t for s in steps for t in s.token_ids],
         logprobs=[lp for s in steps for lp in s.logprobs],
@@ -90,7 +90,7 @@ def tree_to_bytes(tree: Tree) -> bytes:
 
 
 def tree_from_bytes(data: bytes) -> Tree:
-    """Of `tree_to_bytes`. Raises FieldError as `tree_from_proto` does."""
+    """The Tree that `tree_to_bytes` serialized. Raises FieldError as `tree_from_proto` does."""
     return tree_from_proto(pb.Tree.FromString(data))
 
 

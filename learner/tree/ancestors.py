@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.tree.layout import Ints
+from learner.algo import Ints
 
 LONGEST = 128
 """Most new tokens of a segment: of the scores among them nearly half are masked out."""

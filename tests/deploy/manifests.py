@@ -35,16 +35,16 @@ class Manifests:
     def of(self, kind: str) -> dict[str, dict[str, Any]]:
         return {o["metadata"]["name"]: o for o in self.objects if o["kind"] == kind}
 
-    def one(self, kind: str, name: str) -> dict[str, Any]:
+    def named(self, kind: str, name: str) -> dict[str, Any]:
         return self.of(kind)[name]
 
     @property
     def server(self) -> dict[str, Any]:
-        return self.one("StatefulSet", "ibtpo-server")
+        return self.named("StatefulSet", "ibtpo-server")
 
     @property
     def learner(self) -> dict[str, Any]:
-        return self.one("Deployment", "ibtpo-learner")
+        return self.named("Deployment", "ibtpo-learner")
 
     @property
     def workloads(self) -> tuple[dict[str, Any], ...]:
@@ -90,12 +90,12 @@ def mounts(container: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def mount_of(container: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """The mount that holds a path of the container."""
-    found = [at for at in mounts(container) if path.is_relative_to(at)]
-    return mounts(container)[max(found, key=len)] if found else None
+    mount_paths = [at for at in mounts(container) if path.is_relative_to(at)]
+    return mounts(container)[max(mount_paths, key=len)] if mount_paths else None
 
 
 def volumes(workload: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By name: the pod's volumes, and a StatefulSet's claims."""
+    """The pod's volumes and a StatefulSet's claims, by name."""
     templates = workload["spec"].get("volumeClaimTemplates", [])
     claims = {
         t["metadata"]["name"]: {"persistentVolumeClaim": {"claimName": None}} for t in templates
@@ -121,8 +121,8 @@ def instructions(dockerfile: Path) -> list[tuple[str, str]]:
 
 def arguments_of(dockerfile: Path) -> dict[str, str]:
     """Build arguments and their defaults."""
-    found = [rest for word, rest in instructions(dockerfile) if word == "ARG"]
-    return dict(one.split("=", 1) for one in found if "=" in one)
+    definitions = [rest for word, rest in instructions(dockerfile) if word == "ARG"]
+    return dict(text.split("=", 1) for text in definitions if "=" in text)
 
 
 def expanded(text: str, values: dict[str, str]) -> str:

@@ -77,13 +77,13 @@ def command_line(container: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 def files(manifests: Manifests, workload: dict[str, Any]) -> dict[str, str]:
     """The text of each ConfigMap file in the main container, by its path there."""
-    found = {}
+    texts = {}
     for at, mount in mounts(main_container(workload)).items():
         volume = volumes(workload)[mount["name"]]
         if "configMap" in volume:
-            data = manifests.one("ConfigMap", volume["configMap"]["name"])["data"]
-            found |= {f"{at}/{name}": text for name, text in data.items()}
-    return found
+            data = manifests.named("ConfigMap", volume["configMap"]["name"])["data"]
+            texts |= {f"{at}/{name}": text for name, text in data.items()}
+    return texts
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_ports_agree(manifests, resolve):
     container = main_container(manifests.server)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"grpc": server.port, "health": server.health_port, "web": server.web_port}
-    service = manifests.one("Service", "ibtpo-server")["spec"]
+    service = manifests.named("Service", "ibtpo-server")["spec"]
     assert service["clusterIP"] == "None"
     assert {p["name"]: p["port"] for p in service["ports"]} == ports
     assert all(port["targetPort"] == port["name"] for port in service["ports"])
@@ -244,5 +244,5 @@ def test_sglang_takes_its_arguments(tmp_path):
         timeout=240,
     )
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert found == {"max_total_tokens": 60000, "device": "cpu"}
+    arguments_read = json.loads(run.stdout.splitlines()[-1])
+    assert arguments_read == {"max_total_tokens": 60000, "device": "cpu"}

@@ -59,9 +59,9 @@ def test_home_is_the_users(dockerfile):
 def test_sources_exist_and_reach_the_builder(dockerfile):
     assert sources(dockerfile)
     ignore = dockerfile.with_name(f"{dockerfile.name}.dockerignore").read_text().splitlines()
-    kept = {line[1:] for line in ignore if line.startswith("!")}
+    let_through = {line[1:] for line in ignore if line.startswith("!")}
     assert "*" in ignore
-    assert kept == set(sources(dockerfile))
+    assert let_through == set(sources(dockerfile))
     for source in sources(dockerfile):
         assert (ROOT / source).exists(), source
 

@@ -27,9 +27,9 @@ KUBERNETES = "1.34"
 
 
 def test_every_object_is_valid(manifests):
-    for one in manifests.objects:
-        kubernetes_validate.validate(one, KUBERNETES, strict=True)
-        assert "namespace" not in one["metadata"]
+    for manifest in manifests.objects:
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        assert "namespace" not in manifest["metadata"]
 
 
 def test_the_pod_of_the_documentation_is_valid():
@@ -37,9 +37,9 @@ def test_the_pod_of_the_documentation_is_valid():
     blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
     pods = [block for block in blocks if block.get("kind") == "Pod"]
     assert pods
-    for one in pods:
-        kubernetes_validate.validate(one, KUBERNETES, strict=True)
-        assert {c["image"].rpartition(":")[0] for c in one["spec"]["containers"]} <= set(
+    for manifest in pods:
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        assert {c["image"].rpartition(":")[0] for c in manifest["spec"]["containers"]} <= set(
             DOCKERFILES
         )
 
@@ -78,7 +78,7 @@ def test_nothing_runs_as_root(manifests):
 
 def test_pods_have_accounts_without_tokens(manifests):
     for workload in manifests.workloads:
-        account = manifests.one("ServiceAccount", pod(workload)["serviceAccountName"])
+        account = manifests.named("ServiceAccount", pod(workload)["serviceAccountName"])
         assert account["automountServiceAccountToken"] is False
         assert pod(workload)["automountServiceAccountToken"] is False
 
@@ -91,15 +91,15 @@ def test_service_links_are_off(manifests):
 def test_selectors_select(manifests):
     for workload in manifests.workloads:
         assert selects(workload["spec"]["selector"]["matchLabels"], workload)
-    service = manifests.one("Service", manifests.server["spec"]["serviceName"])
+    service = manifests.named("Service", manifests.server["spec"]["serviceName"])
     assert selects(service["spec"]["selector"], manifests.server)
     assert not selects(service["spec"]["selector"], manifests.learner)
 
 
 def test_volumes_and_mounts_match(manifests):
     for workload in manifests.workloads:
-        found = [mount for one in containers(workload) for mount in mounts(one).values()]
-        mounted = {mount["name"] for mount in found}
+        used = [mount for container in containers(workload) for mount in mounts(container).values()]
+        mounted = {mount["name"] for mount in used}
         assert mounted == volumes(workload).keys()
         for volume in volumes(workload).values():
             if "configMap" in volume:
@@ -109,7 +109,7 @@ def test_volumes_and_mounts_match(manifests):
 
 
 def test_claims_and_configuration_are_used(manifests):
-    used = [volume for one in manifests.workloads for volume in volumes(one).values()]
+    used = [volume for workload in manifests.workloads for volume in volumes(workload).values()]
     claims = {volume.get("persistentVolumeClaim", {}).get("claimName") for volume in used}
     maps = {volume.get("configMap", {}).get("name") for volume in used}
     assert manifests.of("PersistentVolumeClaim").keys() <= claims
@@ -119,13 +119,13 @@ def test_claims_and_configuration_are_used(manifests):
 def test_what_is_written_to_is_writable(manifests):
     """The root file system is read-only: scratch folders are volumes."""
     for workload in manifests.workloads:
-        found = mounts(main_container(workload))
+        container_mounts = mounts(main_container(workload))
         scratch = ["/tmp", "/home/ibtpo"]
         if workload is manifests.server:
             scratch.append("/dev/shm")
         for path in scratch:
-            assert "emptyDir" in volumes(workload)[found[path]["name"]]
-            assert not found[path].get("readOnly")
+            assert "emptyDir" in volumes(workload)[container_mounts[path]["name"]]
+            assert not container_mounts[path].get("readOnly")
     shm = volumes(manifests.server)[mounts(main_container(manifests.server))["/dev/shm"]["name"]]
     assert shm["emptyDir"]["medium"] == "Memory"
 

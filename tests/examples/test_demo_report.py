@@ -94,7 +94,7 @@ def written(
 
     rewards = [1.0, *[0.0] * (len(texts) - 1)]
     tree, step_texts = grown(texts, rewards)
-    runs = [Run(name, found) for name, found in rows.items()]
+    runs = [Run(name, run_rows) for name, run_rows in rows.items()]
     write_report(folder / "r.html", runs, tree, step_texts, "3+4=?\n", summary)
     text = (folder / "r.html").read_text(encoding="utf-8")
     return text, Page(text), tree
@@ -114,9 +114,9 @@ def test_the_page_tells_every_node_and_figure(tmp_path: Path) -> None:
         raw = "3+4=?\n" if n == 0 else bytes(tree.steps[n].token_ids).decode()
         shown = raw.replace("\n", "↵").replace(" ", "·")
         node = next(
-            "".join(Page(found).words)
-            for found in nodes
-            if f">{shown}</tspan>" in found and f"visits {tree.visits[n]}<" in found
+            "".join(Page(svg).words)
+            for svg in nodes
+            if f">{shown}</tspan>" in svg and f"visits {tree.visits[n]}<" in svg
         )
         assert f"value {value[n]:.2f}" in node and f"conf {confidence[n]:.2f}" in node
         assert n == 0 or f"draws {tree.draws[n]} " in node
@@ -167,16 +167,16 @@ def test_what_comes_from_data_is_escaped(tmp_path: Path) -> None:
 
 
 def test_nodes_do_not_overlap_and_merged_ones_are_left_out() -> None:
-    from tree_svg import places, tree_svg
+    from tree_svg import grid_positions, tree_svg
 
     tree, _ = grown([["ab", "c"], ["a", "b"], ["ad"]], [1.0, 0.0, 0.0])
     tree.split(1, 1)  # the rest of "ab" is merged into "b"
     tree.validate()
     alive = [n for n in range(len(tree)) if tree.alive(n) == n]
-    place = places(tree)
-    assert sorted(place) == alive and len(alive) == len(tree) - 1
-    for column in {c for c, _ in place.values()}:
-        rows = sorted(r for c, r in place.values() if c == column)
+    positions = grid_positions(tree)
+    assert sorted(positions) == alive and len(alive) == len(tree) - 1
+    for column in {c for c, _ in positions.values()}:
+        rows = sorted(r for c, r in positions.values() if c == column)
         assert all(b - a >= 1 for a, b in pairwise(rows))
     assert tree_svg(tree, ["t"] * len(tree)).count('role="listitem"') == len(alive)
     assert 'role="listitem"' in tree_svg(Tree(prompt=(1,)), ["p"])  # not grown yet

@@ -56,10 +56,10 @@ def test_command_line_over_environment_over_file_over_default(kind, needed, tmp_
     file = yaml_file(tmp_path, "lease_s: 11.5\nbeta: 2.5\nrounds: 3\n")
     monkeypatch.setenv(f"{prefix(kind)}BETA", "3.5")
     monkeypatch.setenv(f"{prefix(kind)}ROUNDS", "4")
-    found = kind.load("prog", [*needed, *file, "--rounds", "5"])
-    assert (found.lease_s, found.beta, found.rounds) == (11.5, 3.5, 5)
+    loaded = kind.load("prog", [*needed, *file, "--rounds", "5"])
+    assert (loaded.lease_s, loaded.beta, loaded.rounds) == (11.5, 3.5, 5)
     untouched = set(kind.model_fields) - {"lease_s", "beta", "rounds", "config"}
-    assert all(getattr(found, name) == getattr(default, name) for name in untouched)
+    assert all(getattr(loaded, name) == getattr(default, name) for name in untouched)
 
 
 @BOTH
@@ -69,8 +69,8 @@ def test_the_file_may_come_from_the_environment_or_after_an_equals_sign(
     path = yaml_file(tmp_path, "model: other\nrounds: 3\n")[1]
     assert kind.load("prog", [*needed, f"--config={path}"]).rounds == 3
     monkeypatch.setenv(f"{prefix(kind)}CONFIG", path)
-    found = kind.load("prog", needed)
-    assert found.rounds == 3 and str(found.model) == "m"
+    loaded = kind.load("prog", needed)
+    assert loaded.rounds == 3 and str(loaded.model) == "m"
     assert str(kind.load("prog", needed[2:]).model) == "other"
     assert kind.load("prog", [*needed, *yaml_file(tmp_path, "rounds: 8\n")]).rounds == 8
 
@@ -108,8 +108,8 @@ def test_print_config_reads_back_to_the_same_settings(kind, needed, tmp_path, ca
     assert list(yaml.safe_load(printed)) == [
         name for name in kind.model_fields if name not in ("config", "print_config")
     ]
-    found = kind.load("prog", yaml_file(tmp_path, printed))
-    assert found.model_dump() == want.model_dump()
+    loaded = kind.load("prog", yaml_file(tmp_path, printed))
+    assert loaded.model_dump() == want.model_dump()
 
 
 @BOTH
@@ -185,12 +185,12 @@ def test_a_file_that_is_no_mapping_is_named(kind, needed, tmp_path, text):
 
 @BOTH
 def test_the_last_config_on_the_command_line_counts(kind, needed, tmp_path):
-    """As for every other option, and as the field `config` itself says."""
+    """The same as for every other option, and as the field `config` itself says."""
     first, last = tmp_path / "first.yaml", tmp_path / "last.yaml"
     first.write_text("rounds: 3\n")
     last.write_text("rounds: 4\n")
-    found = kind.load("prog", [*needed, "--config", str(first), "--config", str(last)])
-    assert found.config == last and found.rounds == 4
+    loaded = kind.load("prog", [*needed, "--config", str(first), "--config", str(last)])
+    assert loaded.config == last and loaded.rounds == 4
     assert kind.load("prog", [*needed, "--rounds", "3", "--rounds", "4"]).rounds == 4
 
 

@@ -56,8 +56,8 @@ async def test_every_step_is_printed_with_its_figures(site, estimator):
     words = ["--rounds=12", f"--value-estimator={estimator}", "--answer=1"]
     code, out, err = await ibtpo("sample", "--server", site.target, "--prompt=Say\nwhat?", *words)
     assert (code, err) == (0, "")
-    found = Counter(tuple(groups) for groups in ROW.findall(out))
-    assert found == recomputed(tree)
+    printed = Counter(tuple(groups) for groups in ROW.findall(out))
+    assert printed == recomputed(tree)
     head, root, *_, last = out.splitlines()
     assert head.rstrip() == "draws, value, confidence, IB-Score, step"
     assert root.split() == [
@@ -186,12 +186,12 @@ async def screen():
 async def test_rollouts_are_shown_on_a_terminal_as_they_come(site, screen):
     branches, generate = asyncio.Event(), site.engine.generate
 
-    async def held(rid, *request):
+    async def generate_in_order(rid, *request):
         if int(rid.rsplit("/", 1)[1]) >= 3:
             await branches.wait()
         return await generate(rid, *request)
 
-    site.engine.generate = held
+    site.engine.generate = generate_in_order
     site.engine.write = lambda ids, number: f"{NASTY[:-1]}{number % 2}"
     words = ["sample", "--server", site.target, "--prompt=Go", "--answer=1"]
     async with command(*words, stdout=screen.theirs) as process:

@@ -107,8 +107,8 @@ def test_gsm8ks_own_format(tmp_path):
 def test_only_a_last_line_is_a_final_answer(tmp_path):
     answers = ["#### 1\nno, 2", "see #### 3", "it is\n#### 1,600 \n", "a ####\n####4"]
     rows = [{"prompt": "p", "answer": answer} for answer in answers]
-    found = [q.answer for q in read_questions(jsonl(tmp_path, *rows))]
-    assert found == ["#### 1\nno, 2", "see #### 3", "1,600", "4"]
+    answers = [q.answer for q in read_questions(jsonl(tmp_path, *rows))]
+    assert answers == ["#### 1\nno, 2", "see #### 3", "1,600", "4"]
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"{GSM8K} is absent: IBTPO_TEST_DATA")

@@ -31,10 +31,10 @@ def step_of(ids: tuple[int, ...], logprob: float = -0.5, version: int = 0) -> St
 
 
 def trajectories(tree: Tree) -> Counter[tuple[tuple[int, ...], float, int]]:
-    found: Counter[tuple[tuple[int, ...], float, int]] = Counter()
+    counts: Counter[tuple[tuple[int, ...], float, int]] = Counter()
     for n in tree.end_nodes():
-        found[tree.prefix(n), round(tree.reward(n), 9), int(tree.finishes[n])] += tree.ends[n]
-    return found
+        counts[tree.prefix(n), round(tree.reward(n), 9), int(tree.finishes[n])] += tree.ends[n]
+    return counts
 
 
 def alive_nodes(tree: Tree) -> list[int]:
@@ -100,8 +100,8 @@ class Pair:
 
     def split_some(self, picks: list[int]) -> Pair:
         for pick in picks:
-            if places := self.splittable():
-                self.split(*places[pick % len(places)])
+            if splits := self.splittable():
+                self.split(*splits[pick % len(splits)])
         return self
 
     def check_counts(self) -> None:

@@ -174,7 +174,7 @@ def test_backup_is_unbiased_where_the_allocation_is_fixed():
     """Step 0 or 1 (even odds), then right or wrong with chance 0.9 or 0.2: true value 0.55. Four
     rollouts from the prompt, then six from step 0 wherever it was drawn, whatever was seen."""
     rng, chance, true = random.Random(1), (0.9, 0.2), 0.55
-    found = {e: [] for e in VALUE_ESTIMATORS}
+    estimates = {e: [] for e in VALUE_ESTIMATORS}
     for _ in range(2000):
         tree = Tree(prompt=())
         for _ in range(4):
@@ -186,7 +186,7 @@ def test_backup_is_unbiased_where_the_allocation_is_fixed():
             right = rng.random() < chance[0]
             tree.insert(zero, [step_of((2 + right,))], float(right), Finish.STOP)
         for e in VALUE_ESTIMATORS:
-            found[e].append(values(tree, e)[0])
-    error = {e: abs(np.mean(v) - true) / (np.std(v) / sqrt(len(v))) for e, v in found.items()}
+            estimates[e].append(values(tree, e)[0])
+    error = {e: abs(np.mean(v) - true) / (np.std(v) / sqrt(len(v))) for e, v in estimates.items()}
     assert error["backup"] < 4
     assert error["mean"] > 20, "the six draws of a good step count in full"

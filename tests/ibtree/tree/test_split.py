@@ -49,18 +49,18 @@ def test_split_keeps_the_first_draw_where_an_older_upper_part_is_merged():
     tree = Tree(prompt=())
     end = tree.insert(0, [step_of((1,)), step_of((2, 3), -0.1, version=1)], 1.0, Finish.STOP)
     other = tree.insert(0, [step_of((1, 2), -0.9, version=2), step_of((5,))], 0.0, Finish.STOP)
-    shared = tree.split(end, 1)
+    upper = tree.split(end, 1)
     tree.split(tree.parents[other], 1)
-    assert tree.prefix(shared) == (1, 2) and tree.draws[shared] == 2
-    assert tree.steps[shared] == step_of((2,), -0.1, version=1)
+    assert tree.prefix(upper) == (1, 2) and tree.draws[upper] == 2
+    assert tree.steps[upper] == step_of((2,), -0.1, version=1)
 
 
 @MODEST
 @given(PLANS)
 def test_split_everywhere_gives_the_prefix_trie(plan):
     pair = Pair(distinct=False).grow(plan)
-    while places := pair.splittable():
-        pair.split(*places[0])
+    while splits := pair.splittable():
+        pair.split(*splits[0])
     pair.check_counts()
     assert pair.fast.unique_tokens == len(pair.slow.token_prefixes())
     assert len(alive_nodes(pair.fast)) == 1 + pair.fast.unique_tokens
@@ -81,8 +81,8 @@ def test_split_at_shared_prefixes_is_enough_for_unique_tokens(plan):
                         return a, 1
         return None
 
-    while place := clash():
-        pair.split(*place)
+    while split := clash():
+        pair.split(*split)
     pair.check_counts()
     assert tree.unique_tokens == len(pair.slow.token_prefixes())
 
@@ -92,15 +92,15 @@ def test_split_at_shared_prefixes_is_enough_for_unique_tokens(plan):
 def test_rollouts_in_flight_survive_splits(plan, picks, pick, steps):
     pair = Pair(distinct=False).grow(plan)
     tree = pair.fast
-    held = {n: tree.prefix(n) for n in range(len(tree))}
+    prefixes = {n: tree.prefix(n) for n in range(len(tree))}
     inner = pair.inner()
     start = inner[pick % len(inner)]
-    for one in picks:
-        pair.split_some([one])
-        for n, prefix in held.items():
+    for cut in picks:
+        pair.split_some([cut])
+        for n, prefix in prefixes.items():
             assert tree.prefix(tree.alive(n)) == prefix
     end = pair.insert(tree.alive(start), steps)
-    assert tree.prefix(end) == held[start] + tuple(t for ids in steps for t in ids)
+    assert tree.prefix(end) == prefixes[start] + tuple(t for ids in steps for t in ids)
     pair.check_counts()
 
 

@@ -19,8 +19,8 @@ MODEST = settings(max_examples=40, deadline=None)
 @given(PLANS, st.integers(1, 5))
 def test_counts_match_the_definitions_after_each_insertion(plan, levels):
     pair = Pair(levels)
-    for one in plan:
-        pair.grow([one])
+    for rollout in plan:
+        pair.grow([rollout])
         pair.check_counts()
         pair.check_first_draws()
     slow = pair.slow.trajectories()

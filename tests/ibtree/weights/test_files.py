@@ -164,26 +164,26 @@ def model(folder: Path, *, width: int = 4, seed: int = 0, vocab: tuple[str, ...]
 
 
 def test_identity_is_the_architectures_not_the_weights(tmp_path):
-    one = model_identity(model(tmp_path / "one"))
-    assert len(one) == 64 and int(one, 16)
-    assert model_identity(model(tmp_path / "step-100", seed=1)) == one
-    assert model_identity(model(tmp_path / "wide", width=5)) != one
-    assert model_identity(model(tmp_path / "words", vocab=("x", "z"))) != one
-    assert model_identity(model(tmp_path / "order", vocab=("y", "x"))) != one
+    identity = model_identity(model(tmp_path / "one"))
+    assert len(identity) == 64 and int(identity, 16)
+    assert model_identity(model(tmp_path / "step-100", seed=1)) == identity
+    assert model_identity(model(tmp_path / "wide", width=5)) != identity
+    assert model_identity(model(tmp_path / "words", vocab=("x", "z"))) != identity
+    assert model_identity(model(tmp_path / "order", vocab=("y", "x"))) != identity
     bare = model(tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
-    assert model_identity(bare) != one
+    assert model_identity(bare) != identity
 
 
 def test_identity_ignores_how_tensors_are_spread_over_files(tmp_path):
-    one, two = model(tmp_path / "one"), model(tmp_path / "two")
-    for path in two.glob("*.safetensors"):
+    first, second = model(tmp_path / "one"), model(tmp_path / "two")
+    for path in second.glob("*.safetensors"):
         path.unlink()
     zeros = {f"layer.{i}": np.zeros((3, 4), np.float32) for i in (1, 0)}
-    save_file(zeros, two / "model.safetensors")
-    assert model_identity(two) == model_identity(one)
-    assert checkpoint_specs(two) == checkpoint_specs(one)
-    assert checkpoint_specs(one)["layer.0"] == TensorSpec("layer.0", "F32", (3, 4))
+    save_file(zeros, second / "model.safetensors")
+    assert model_identity(second) == model_identity(first)
+    assert checkpoint_specs(second) == checkpoint_specs(first)
+    assert checkpoint_specs(first)["layer.0"] == TensorSpec("layer.0", "F32", (3, 4))
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,9 @@ def test_bytes_per_unique_token(length, vocabulary, record_property):
 def test_absent_options_take_the_defaults():
     defaults = changed(TreeOptions(), beta=2.0, rounds=3, top_k=-1, deadline_s=4.0)
     assert options_from_proto(pb.TreeOptions(), defaults) == defaults
-    given = pb.TreeOptions(rounds=1, sampling=pb.SamplingOptions(temperature=1.5))
+    partial = pb.TreeOptions(rounds=1, sampling=pb.SamplingOptions(temperature=1.5))
     expected = changed(defaults, rounds=1, temperature=1.5)
-    assert options_from_proto(given, defaults) == expected
+    assert options_from_proto(partial, defaults) == expected
     full = changed(
         expected,
         strategy="independent",
@@ -136,18 +136,18 @@ def test_a_mapping_sends_its_options_alone():
     assert {f.name for f, _ in message.ListFields()} == {"rounds", "beta", "sampling"}
     assert {f.name for f, _ in message.sampling.ListFields()} == {"top_k", "stop_token_ids"}
     defaults = TreeOptions(rounds=7, init_rollouts=2, beta=1.0)
-    found = options_from_proto(message, defaults)
-    assert found == changed(defaults, rounds=3, beta=5.0, top_k=-1, stop_token_ids=(5,))
+    options = options_from_proto(message, defaults)
+    assert options == changed(defaults, rounds=3, beta=5.0, top_k=-1, stop_token_ids=(5,))
     assert options_to_proto({}) == pb.TreeOptions(sampling=pb.SamplingOptions())
 
 
 @pytest.mark.parametrize(
-    ("given", "field"),
+    ("mapping", "field"),
     [({"round": 3}, "round"), ({"top_p": 2.0}, "sampling.top_p"), ({"sampling": 1}, "sampling")],
 )
-def test_a_mapping_of_bad_options_is_refused(given, field):
+def test_a_mapping_of_bad_options_is_refused(mapping, field):
     with pytest.raises(FieldError) as caught:
-        options_to_proto(given)
+        options_to_proto(mapping)
     assert caught.value.field == field
 
 

@@ -128,9 +128,9 @@ def test_a_broken_tree_does_not_take_the_others_of_its_response_down():
             for i, tree in enumerate([small(), broken, pb.Tree(), small()])
         ]
     )
-    found = leases_from_proto(response)
-    assert [(one.lease_id, one.returns) for one in found] == [(str(i), i) for i in range(4)]
-    assert [bool(one.problem) for one in found] == [False, True, True, False]
-    assert "tree.parents" in found[1].problem and found[1].tree.tree_id == "odd"
-    assert found[0].tree == found[3].tree == tree_from_proto(small())
-    assert found[1].tree.trajectories == 0
+    leases = leases_from_proto(response)
+    assert [(lease.lease_id, lease.returns) for lease in leases] == [(str(i), i) for i in range(4)]
+    assert [bool(lease.problem) for lease in leases] == [False, True, True, False]
+    assert "tree.parents" in leases[1].problem and leases[1].tree.tree_id == "odd"
+    assert leases[0].tree == leases[3].tree == tree_from_proto(small())
+    assert leases[1].tree.trajectories == 0
