@@ -54,7 +54,7 @@ def formula(rng: random.Random) -> Submission:
 async def rate(grader: MathGrader, submissions: list[Submission]) -> float:
     """Gradings a second [1/s]; about half of them must be right."""
     begin = time.perf_counter()
-    rewards = await asyncio.gather(*(grader.grade(one) for one in submissions))
+    rewards = await asyncio.gather(*(grader.grade(submission) for submission in submissions))
     seconds = time.perf_counter() - begin
     assert 0.4 < sum(rewards) / len(rewards) < 0.6, "the grades are wrong"
     return len(submissions) / seconds
@@ -67,7 +67,9 @@ async def main() -> None:
     # processes start with their first grades, some seconds that are no grading
     await rate(grader, [worked(rng, "sentence") for _ in range(200)])
     of_each = {name: [worked(rng, name) for _ in range(COUNT)] for name in WRITINGS}
-    mixed = [one for many in of_each.values() for one in many[: COUNT // len(of_each)]]
+    mixed = [
+        submission for many in of_each.values() for submission in many[: COUNT // len(of_each)]
+    ]
     rng.shuffle(mixed)
     sets = {"": mixed, **of_each, "formula": [formula(rng) for _ in range(COUNT // 5)]}
     table = Table(title=f"gradings a second, `math`, {PROCESSES} processes")

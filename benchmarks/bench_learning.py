@@ -62,7 +62,7 @@ WAYS = {
 }
 """The rows of the paper's Table 2, and ours."""
 Rows = list[dict[str, Any]]
-"""Of a run's metrics."""
+"""Rows of a run's metrics."""
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t at 97.5 % by number of seeds."""
 
@@ -72,7 +72,8 @@ class EveryStep(reward_pb2_grpc.RewardServiceServicer):
 
     def Grade(self, request: reward_pb2.GradeRequest, context: Any) -> reward_pb2.GradeResponse:
         rewards = [
-            float(one.completion.strip() == right(one.prompt)) for one in request.trajectories
+            float(trajectory.completion.strip() == right(trajectory.prompt))
+            for trajectory in request.trajectories
         ]
         return reward_pb2.GradeResponse(rewards=rewards)
 
@@ -160,17 +161,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="generated in each run, instead of the task's")
     arguments = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, str], list[Rows]] = {}
+    runs_of: dict[tuple[str, str], list[Rows]] = {}
     with grading() as grader, serving(grader) as target:
         for seed in range(arguments.seeds):
             for name in arguments.tasks:
                 for way in arguments.ways:
                     tokens = arguments.tokens or TASKS[name].tokens
                     rows = learn(target, way, name, seed, tokens)
-                    found.setdefault((name, way), []).append(rows)
+                    runs_of.setdefault((name, way), []).append(rows)
                     print(name, way, seed, figures_of(rows), flush=True)
-    report({key: [figures_of(rows) for rows in runs] for key, runs in found.items()})
-    draw(found)
+    report({key: [figures_of(rows) for rows in runs] for key, runs in runs_of.items()})
+    draw(runs_of)
 
 
 def curve(way: str, runs: list[Rows]) -> Series:
@@ -185,14 +186,14 @@ def curve(way: str, runs: list[Rows]) -> Series:
     return series
 
 
-def draw(found: dict[tuple[str, str], list[Rows]]) -> None:
+def draw(runs_of: dict[tuple[str, str], list[Rows]]) -> None:
     charts = [
         chart(
             f"{name}: {TASKS[name].terms} terms, accuracy of first rollouts, 95 % interval",
             "generated tokens",
-            [curve(way, runs) for (task_name, way), runs in found.items() if task_name == name],
+            [curve(way, runs) for (task_name, way), runs in runs_of.items() if task_name == name],
         )
-        for name in dict.fromkeys(name for name, _ in found)
+        for name in dict.fromkeys(name for name, _ in runs_of)
     ]
     FIGURE.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>bench-learning</title>'
@@ -200,15 +201,15 @@ def draw(found: dict[tuple[str, str], list[Rows]]) -> None:
     )
 
 
-def report(found: dict[tuple[str, str], list[dict[str, float]]]) -> None:
+def report(figures_by_way: dict[tuple[str, str], list[dict[str, float]]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     figures: dict[str, float] = {}
     table = Table(title="mean ± half the 95 % interval over seeds")
-    for column in ("task", "way", *next(iter(found.values()))[0]):
+    for column in ("task", "way", *next(iter(figures_by_way.values()))[0]):
         table.add_column(column, justify="right" if table.columns[1:] else "left")
-    for (name, way), runs in found.items():
+    for (name, way), runs in figures_by_way.items():
         cells = []
         for figure in runs[0]:
             mean, half = mean_and_interval([run[figure] for run in runs])

@@ -87,11 +87,11 @@ def gradient_error(arms: Sequence[Arm], folder: Path) -> float:
     """Largest relative difference of the two gradients (global norm, float32)."""
     errors = []
     for seed, shape in enumerate(GRADIENTS):
-        found = []
+        gradients = []
         for arm in arms:
             arm("gradient", file=str(folder / "gradient"), seed=seed, **shape)
-            found.append(torch.load(folder / "gradient").double())
-        errors.append(float((found[0] - found[1]).norm() / found[1].norm()))
+            gradients.append(torch.load(folder / "gradient").double())
+        errors.append(float((gradients[0] - gradients[1]).norm() / gradients[1].norm()))
     return max(errors)
 
 
@@ -119,7 +119,7 @@ def on_cpu(pairs: int, threads: int) -> dict[str, float]:
             figures = {"grad_max_rel_error": gradient_error(arms, Path(folder))}
             both = [[arm("step", seed=s, **TREE) for arm in arms] for s in range(pairs + 1)]
             packed, rows = zip(*both[1:], strict=True)  # the first steps touch their memory anew
-    limits = [one["token_ratio"] for one in packed]
+    limits = [step["token_ratio"] for step in packed]
 
     def ratios(key: str) -> list[float]:
         return [r[key] / p[key] for p, r in zip(packed, rows, strict=True)]
@@ -132,8 +132,8 @@ def on_cpu(pairs: int, threads: int) -> dict[str, float]:
         "speedup_share_low": min(shares),
         "speedup_share_high": max(shares),
         "speedup_clock": statistics.median(ratios("seconds")),
-        "packed_cpu_s": statistics.median(one["cpu_seconds"] for one in packed),
-        "rows_cpu_s": statistics.median(one["cpu_seconds"] for one in rows),
+        "packed_cpu_s": statistics.median(step["cpu_seconds"] for step in packed),
+        "rows_cpu_s": statistics.median(step["cpu_seconds"] for step in rows),
         "speedup_whole": rows_whole["cpu_seconds"] / packed_whole["cpu_seconds"],
         "memory_ratio": packed_whole["peak_mb"] / rows_whole["peak_mb"],
         "packed_peak_mb": packed_whole["peak_mb"],

@@ -101,7 +101,7 @@ def rate(result: dict[str, float]) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Of the median, at 96 % for 9 values: from the second smallest to the second largest."""
+    """The median's, at 96 % for 9 values: from the second smallest to the second largest."""
     ordered = sorted(values)
     return (ordered[1], ordered[-2]) if len(ordered) >= 9 else (ordered[0], ordered[-1])
 

@@ -68,16 +68,16 @@ Columns = dict[str, list[float]]
 
 
 def columns_of(trees: list[Any], seconds: float) -> Columns:
-    """Of one set of problems grown with one setting; its wall time is shared out."""
+    """Figures of one set of problems grown with one setting; its wall time is divided evenly."""
     ledgers = [tree.ledger for tree in trees]
     return {
         "G": [tree.trajectories for tree in trees],
         "eff_rate": [float(tree.rewards().std() > 0) for tree in trees],
         "avg_rate": [float(tree.rewards().mean()) for tree in trees],
         "first_rate": [tree.first_round_reward for tree in trees],
-        "generated_tokens": [one.generated_tokens for one in ledgers],
+        "generated_tokens": [ledger.generated_tokens for ledger in ledgers],
         "unique_tokens": [tree.unique_tokens for tree in trees],
-        "cached_share": [one.cached_tokens / one.prefix_tokens for one in ledgers],
+        "cached_share": [ledger.cached_tokens / ledger.prefix_tokens for ledger in ledgers],
         "seconds": [seconds / len(trees)] * len(trees),
     }
 
@@ -124,29 +124,29 @@ class Bench:
             branch_rollouts=b,
         )
 
-        async def one(problem: Any) -> Any:
+        async def grow_one(problem: Any) -> Any:
             job = self.forest.check(Prompt(problem.prompt, "", problem.answer, "exact", options))
-            async with self.forest.places:
+            async with self.forest.permits:
                 return await self.forest.grow(job, lambda _: None, time.time())
 
         await flush(self.engine)  # what one setting computed must not help the next
         began = time.perf_counter()
-        trees = await asyncio.gather(*(one(problem) for problem in problems))
+        trees = await asyncio.gather(*(grow_one(problem) for problem in problems))
         return columns_of(trees, time.perf_counter() - began)
 
     async def table(self, problems: Callable[..., list[Any]], count: int, seeds: int) -> Rows:
         """Every setting on the same problems, set by set."""
-        found: dict[str, Columns] = {}
+        columns_by_row: dict[str, Columns] = {}
         for seed in range(seeds):
             for task, terms in TASKS.items():
                 chosen = problems(count, terms, seed)
                 for setting in SETTINGS:
-                    row = found.setdefault(f"{task} {setting.name}", {})
+                    row = columns_by_row.setdefault(f"{task} {setting.name}", {})
                     for name, values in (await self.grow(chosen, setting)).items():
                         row.setdefault(name, []).extend(values)
         return {
             row: {name: mean_and_interval(values) for name, values in columns.items()}
-            for row, columns in found.items()
+            for row, columns in columns_by_row.items()
         }
 
     async def wall(self, problems: Callable[..., list[Any]], pairs: int) -> dict[str, float]:
@@ -158,25 +158,27 @@ class Bench:
         async def took(
             sets: list[list[Any]], settings: list[Setting], pair: int
         ) -> dict[Setting, float]:
-            found, first = {}, pair % len(settings)
+            seconds_of, first = {}, pair % len(settings)
             for setting in settings[first:] + settings[:first]:
                 columns = [await self.grow(chosen, setting) for chosen in sets]
-                found[setting] = sum(sum(one["seconds"]) for one in columns)
-            return found
+                seconds_of[setting] = sum(sum(grown["seconds"]) for grown in columns)
+            return seconds_of
 
         figures: dict[str, float] = {}
         for trees in (64, 32):
             sets = [problems(trees, TASKS["chains"], 1000 * trees + pair) for pair in range(pairs)]
             settings = [independent, eager, budget]
-            times = [await took([one], settings, pair) for pair, one in enumerate(sets)]
+            times = [
+                await took([problem_set], settings, pair) for pair, problem_set in enumerate(sets)
+            ]
             for setting, name in ((eager, ""), (budget, "_ib_budget")):
-                ratios = [one[setting] / one[independent] for one in times]
+                ratios = [seconds_of[setting] / seconds_of[independent] for seconds_of in times]
                 figures[f"wall_ratio_{trees}{name}"] = statistics.median(ratios)
         ratios = []
         for pair in range(pairs):
             singles = [[problem] for problem in problems(8, TASKS["chains"], pair)]
-            one = await took(singles, [rounds, eager], pair)
-            ratios.append(one[eager] / one[rounds])
+            seconds_of = await took(singles, [rounds, eager], pair)
+            ratios.append(seconds_of[eager] / seconds_of[rounds])
         figures["single_tree_ratio"] = statistics.median(ratios)
         return figures
 

@@ -34,7 +34,7 @@ IN_FLIGHT = [1, 16, 64]
 WAVES = 3
 """Times as many trees as are in flight: of one wave, start and end would be half of the time."""
 TREES = 400
-"""At least, in all pairs: the machine's speed changes within seconds, so pairs of few are short."""
+"""Fewest, in all pairs: the machine's speed changes within seconds, so pairs of few are short."""
 QUEUED = 1000
 
 
@@ -98,15 +98,15 @@ class Served:
         """Trees per second without gRPC."""
         from ibtree.messages import Prompt
 
-        places = asyncio.Semaphore(in_flight)
+        permits = asyncio.Semaphore(in_flight)
 
-        async def one(problem: Any) -> None:
-            async with places:
+        async def grow_one(problem: Any) -> None:
+            async with permits:
                 job = self.forest.check(Prompt(problem.prompt, "", problem.answer))
                 await self.forest.grow(job, lambda _: None, time.time())
 
         began = time.perf_counter()
-        await asyncio.gather(*(one(problem) for problem in problems))
+        await asyncio.gather(*(grow_one(problem) for problem in problems))
         return len(problems) / (time.perf_counter() - began)
 
     async def stop(self) -> None:
@@ -123,14 +123,16 @@ async def client(address: str) -> None:
     async with AsyncClient(address) as calls:
         while line := await asyncio.to_thread(sys.stdin.readline):
             command = json.loads(line)
-            places = asyncio.Semaphore(command["in_flight"])
+            permits = asyncio.Semaphore(command["in_flight"])
 
-            async def one(prompt: str, answer: str, places: asyncio.Semaphore = places) -> None:
-                async with places:
+            async def sample_one(
+                prompt: str, answer: str, permits: asyncio.Semaphore = permits
+            ) -> None:
+                async with permits:
                     await calls.sample_tree(Prompt(prompt, "", answer))
 
             began = time.perf_counter()
-            await asyncio.gather(*(one(*problem) for problem in command["problems"]))
+            await asyncio.gather(*(sample_one(*problem) for problem in command["problems"]))
             print(len(command["problems"]) / (time.perf_counter() - began), flush=True)
 
 
@@ -156,11 +158,11 @@ class Client:
 
 
 async def throughput(
-    served: Served, child: Client, places: list[int], pairs: int, problems: Any
+    served: Served, child: Client, loads: list[int], pairs: int, problems: Any
 ) -> dict[str, float]:
     """Medians over pairs that take turns at being first."""
     figures: dict[str, float] = {}
-    for in_flight in places:
+    for in_flight in loads:
         ratios, rates = [], []
         count = WAVES * in_flight
         for pair in range(max(pairs, math.ceil(TREES / count))):

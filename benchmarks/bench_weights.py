@@ -49,7 +49,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def delta_figures(folder: Path, parameters: float) -> dict[str, float]:
-    """From version 20 to 21."""
+    """Figures of the delta from version 20 to 21."""
     import torch
 
     model, old, new = make_model(parameters), folder / "20", folder / "21"

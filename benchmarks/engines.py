@@ -14,7 +14,7 @@ from server_ext.errors import EngineError
 
 
 class DefaultCacheEngine(SglangEngine):
-    """With SGLang's own radix cache, which knows no trees and is emptied at every update."""
+    """SGLang's own radix cache is used, which knows no trees and is emptied at every update."""
 
     backend = ""
 
@@ -27,7 +27,7 @@ class DefaultCacheEngine(SglangEngine):
 
 
 class NoTreeCache(TreeCache):
-    """Of an engine whose radix cache knows no trees."""
+    """The cache of an engine that knows no trees."""
 
     def __init__(self) -> None:
         super().__init__(lambda **_: None, ranks=1)

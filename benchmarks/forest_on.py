@@ -15,7 +15,7 @@ def forest_on(
     at_once: int = 256,
     cache_tokens: int | None = None,
 ) -> Any:
-    """`at_once` trees grow at the same time for whoever holds the forest's `places`."""
+    """`at_once` trees grow at the same time for whoever holds the forest's `permits`."""
     from server_ext.trees.forest import Forest
     from server_ext.trees.limits import Limits
 

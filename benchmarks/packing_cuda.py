@@ -23,7 +23,7 @@ from learner.train.model import mend_torchvision
 from learner.train.trainer import Trainer
 from learner.tree.attention import FlexTreeAttention
 from learner.tree.pack import Pack, Piece, drafts, pack, padded
-from learner.tree.training import trained_trees
+from learner.tree.training import training_trees
 
 mend_torchvision()  # before anything imports transformers
 
@@ -94,8 +94,8 @@ def graphs() -> int:
 def attention_times(tree: Tree, config: LearnerConfig) -> tuple[float, float]:
     """Forward and backward of one layer's attention [s]: FlexAttention over the packed tree, and
     flash attention over its trajectories, all as long as the longest."""
-    one = tree_pack(tree, config).to(DEVICE)
-    flex = FlexTreeAttention(one.last)
+    packed_tree = tree_pack(tree, config).to(DEVICE)
+    flex = FlexTreeAttention(packed_tree.last)
     rows, length = len(tree.end_nodes()), PROMPT + TOKENS
 
     def states(*shape: int) -> list[torch.Tensor]:
@@ -107,7 +107,7 @@ def attention_times(tree: Tree, config: LearnerConfig) -> tuple[float, float]:
             for heads in (16, 8, 8)
         ]  # fmt: skip
 
-    packed, rowwise = states(1, len(one.ids)), states(rows, length)
+    packed, rowwise = states(1, len(packed_tree.ids)), states(rows, length)
 
     def run_flex() -> None:
         flex.attend(*packed, 128**-0.5).sum().backward()
@@ -121,9 +121,10 @@ def attention_times(tree: Tree, config: LearnerConfig) -> tuple[float, float]:
 
 
 def tree_pack(tree: Tree, config: LearnerConfig) -> Pack:
-    (trained,) = trained_trees([tree], config)
-    found = pack([Piece(draft, trained) for draft in drafts(tree, trained.share_N, config)])
-    return padded(found, -(-len(found.ids) // 128) * 128)
+    (training_tree,) = training_trees([tree], config)
+    tree_drafts = drafts(tree, training_tree.weight_N, config)
+    unpadded = pack([Piece(draft, training_tree) for draft in tree_drafts])
+    return padded(unpadded, -(-len(unpadded.ids) // 128) * 128)
 
 
 def median_seconds(work: Callable[[], object]) -> float:
@@ -162,9 +163,9 @@ def on_cuda() -> dict[str, float]:
         for name, (trainer, batch) in work.items():
             trainer.optimizer.zero_grad(set_to_none=True)
             torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
+            before = torch.cuda.memory_allocated()
             times[name].append(seconds(lambda t=trainer, b=batch: t.step(b, version=0)))
-            peaks[name].append(torch.cuda.max_memory_allocated() - held)
+            peaks[name].append(torch.cuda.max_memory_allocated() - before)
     ratios = [r / p for r, p in zip(times["rows"], times["packed"], strict=True)][WARM_STEPS:]
     used = [step_flops(model, tree) / s for tree, s in zip(trees, times["packed"], strict=True)]
     return {

@@ -34,12 +34,12 @@ def _step(rng: random.Random, tokens: int, vocabulary: int) -> Step:
 
 def single_trajectories(tree: Tree) -> list[Tree]:
     """A tree of its own for each distinct trajectory, the prompt repeated."""
-    found = []
+    trajectories = []
     for end in tree.end_nodes():
-        one = Tree(tree.prompt, options=tree.options)
-        one.insert(0, [tree.steps[n] for n in tree.path(end)], tree.reward(end), Finish.STOP)
-        found.append(one)
-    return found
+        trajectory = Tree(tree.prompt, options=tree.options)
+        trajectory.insert(0, [tree.steps[n] for n in tree.path(end)], tree.reward(end), Finish.STOP)
+        trajectories.append(trajectory)
+    return trajectories
 
 
 def flat_tokens(tree: Tree) -> int:

@@ -102,7 +102,7 @@ class Arm:
         if not background_tokens:
             stop.set()
 
-        async def one(number: int) -> None:
+        async def grow_one(number: int) -> None:
             while True:
                 prompt = self._prompt(rng, prompt_tokens, f"{seed}-{number}-{len(done)}", options)
                 job = forest.check(prompt)
@@ -121,7 +121,7 @@ class Arm:
                 assert completion.finish, "the engine gave up a background request"
 
         began = time.perf_counter()
-        growing = [asyncio.create_task(one(i)) for i in range(trees)]
+        growing = [asyncio.create_task(grow_one(i)) for i in range(trees)]
         flood = [asyncio.create_task(background(i)) for i in range(background_at_once)]
         if background_tokens:
             await asyncio.gather(*flood)
@@ -188,14 +188,14 @@ class Arm:
         weights = load_file(Path(self.model) / "model.safetensors")
         rng, stop, grown = random.Random(seed), asyncio.Event(), 0
 
-        async def one(number: int) -> None:
+        async def grow_one(number: int) -> None:
             nonlocal grown
             while not stop.is_set():
                 job = forest.check(self._prompt(rng, 0, f"{number}-{grown}", self.defaults))
                 await forest.grow(job, lambda _: None, time.time())
                 grown += 1
 
-        growing = [asyncio.create_task(one(i)) for i in range(trees)]
+        growing = [asyncio.create_task(grow_one(i)) for i in range(trees)]
         stale, probed, difference, audits, pauses = 0, 0, 0.0, 0, []
         for update in range(count):
             generator = torch.Generator().manual_seed(seed + update)
@@ -238,10 +238,10 @@ class Arm:
         """Trees opened, cancelled and expired at random under load."""
         rng, forest = random.Random(seed), self.forest
         left = iter(range(grown))
-        kept = cancelled = 0
+        completed = cancelled = 0
 
         async def grower() -> None:
-            nonlocal kept, cancelled
+            nonlocal completed, cancelled
             for number in left:
                 job = forest.check(self._prompt(rng, 0, f"chaos-{number}", self.defaults))
                 growth = asyncio.create_task(forest.grow(job, lambda _: None, time.time()))
@@ -253,7 +253,7 @@ class Arm:
                     cancelled += 1
                 else:
                     growth.result()  # a tree that failed is no tree that was kept
-                    kept += 1
+                    completed += 1
 
         async def by_messages() -> None:
             names = [f"ghost/{i}" for i in range(messages)]
@@ -273,7 +273,7 @@ class Arm:
         await asyncio.sleep(1.5)
         state = await self.engine.trees.state()
         return {
-            "kept": kept,
+            "kept": completed,
             "cancelled": cancelled,
             "open_trees": state.open_trees,
             "protected_tokens": state.protected_tokens,
@@ -282,7 +282,7 @@ class Arm:
         }
 
     async def state(self) -> dict[str, float]:
-        """Of the cache."""
+        """State of the cache."""
         return dataclasses.asdict(await self.engine.trees.state())
 
 

@@ -31,13 +31,13 @@ ONE_TOKEN = changed(OPTIONS, init_rollouts=1, rounds=1, max_new_tokens=1)
 
 
 def engine_figures(folder: Path, parameters: float, updates: int) -> dict[str, float]:
-    """Of the demo's model in float32, and of the larger one, in bfloat16."""
+    """Figures of the demo's model in float32, and of the larger one, in bfloat16."""
     save_model(folder / "large", parameters)
     figures = {}
     for name, model in {"": MODEL, "_100m": folder / "large"}.items():
         (folder / f"server{name}").mkdir()
-        found = asyncio.run(_measure(folder / f"server{name}", model, updates))
-        figures |= {f"{key}{name}": value for key, value in found.items()}
+        measured = asyncio.run(_measure(folder / f"server{name}", model, updates))
+        figures |= {f"{key}{name}": value for key, value in measured.items()}
     return figures
 
 
@@ -103,7 +103,7 @@ async def _under_load(
 
 
 async def _first_token(client: AsyncClient, prompt: str, version: int) -> float:
-    """When a token of the version was there [monotonic seconds]."""
+    """The time at which a token of the version was there [monotonic seconds]."""
     while True:
         tree = await client.sample_tree(Prompt(prompt, answer="1", options=ONE_TOKEN))
         if tree.steps[1].versions[0] >= version:

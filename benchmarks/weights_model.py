@@ -36,7 +36,7 @@ def make_model(parameters: float, vocabulary: int = 32_768) -> Any:
 
 
 def save_model(folder: Path, parameters: float) -> None:
-    """As a folder that ibtpo-server takes."""
+    """Saves the model as a folder that ibtpo-server takes."""
     folder.mkdir(parents=True)
     for path in ARITH.iterdir():
         if "token" in path.name or path.suffix == ".jinja":

@@ -14,14 +14,14 @@ def main() -> None:
 
     from ibtree.errors import FieldError, IbtpoError
     from learner.dist.process_group import joined
-    from learner.loop import follow, train
+    from learner.loop import serve_leader, train
 
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
         with joined(config) as ranks:
-            run = train if ranks.leads else follow
+            run = train if ranks.leads else serve_leader
             run(config, ranks)
     except FieldError as error:
         sys.exit(f"ibtpo-learner: {error.as_option()}")

@@ -1,4 +1,5 @@
-"""The training loop: lease → step → checkpoint → ack → publish, read top to bottom.
+"""The training loop of rank 0, `train`: lease → step → checkpoint → ack → publish, read top to
+bottom; and that of the other ranks, `serve_leader`, which take part where rank 0 calls them.
 
 Exactly-once effect: the ledger of trained tree ids is part of the checkpoint, and trees are acked
 only after that checkpoint is durable. A run that is killed anywhere resumes from it; trees it had
@@ -45,26 +46,26 @@ def train(config: LearnerConfig, ranks: Ranks) -> None:
 
 
 def _step(run: Run) -> None:
-    config, intake, state, report = run.config, run.intake, run.state, run.report
+    config, tree_leases, state, report = run.config, run.tree_leases, run.state, run.report
     if config.max_staleness == 0 or not config.prompts_ahead_steps:
         with report.phase("publish"):  # only trees of the newest version are wanted
             run.publisher.wait()
     with report.phase("sample"):
-        intake.submit_ahead()
-        leases = intake.lease_step()
+        tree_leases.submit_ahead()
+        leases = tree_leases.lease_step()
     if run.stop:  # told to while waiting: the trees go back
         return
     fresh, stale = _fresh(leases, state.version, config.max_staleness)
     with report.phase("learn"):
-        figures = run.trainer.step([one.tree for one in fresh], state.version, state.updates)
-    intake.keep_alive()
+        figures = run.trainer.step([lease.tree for lease in fresh], state.version, state.updates)
+    tree_leases.keep_alive()
     state.figures = figures.means() | {
         **tree_figures([lease.tree for lease in leases], state.version),
         "stale_trees": float(stale),
-        "refused_trees": float(len(intake.refused)),
+        "refused_trees": float(len(tree_leases.refused)),
         "version": float(state.version),
     }
-    intake.settle(leases)
+    tree_leases.settle(leases)
     state.step += 1
     state.updates += figures.updates
     state.bad_steps = _bad_steps(state.bad_steps, figures)
@@ -93,7 +94,7 @@ def _canary(run: Run, fresh: list[TreeLease]) -> Canary | None:
 def _save(run: Run) -> None:
     """Makes the steps so far durable; only then their trees are acked."""
     run.checkpoints.save(run.trainer.policy, run.trainer.optimizer, run.state)
-    run.intake.ack()
+    run.tree_leases.ack()
 
 
 def _warn(run: Run, figures: StepFigures) -> None:
@@ -133,12 +134,13 @@ def _done(run: Run) -> bool:
 
 
 def _fresh(leases: list[TreeLease], version: int, bound: int | None) -> tuple[list[TreeLease], int]:
-    fresh = [one for one in leases if bound is None or staleness(one.tree, version) <= bound]
+    fresh = [lease for lease in leases if bound is None or staleness(lease.tree, version) <= bound]
     return fresh, len(leases) - len(fresh)
 
 
 def _evaluate(run: Run) -> None:
-    """Before the first step, every `eval_every_steps` and at the end; not again after a restart."""
+    """Evaluates before the first step, every `eval_every_steps` and at the end; not again after a
+    restart."""
     config, state, report = run.config, run.state, run.report
     every = config.eval_every_steps
     due = not state.step or _done(run) or (every and state.step % every == 0)
@@ -153,21 +155,24 @@ def _evaluate(run: Run) -> None:
     report.accuracy(state.step, accuracy)
 
 
-def follow(config: LearnerConfig, ranks: Ranks) -> None:
-    """Until rank 0 ends the run, which alone hears signals. Raises RankLostError, FieldError."""
+def serve_leader(config: LearnerConfig, ranks: Ranks) -> None:
+    """Does what rank 0 commands until it ends the run; rank 0 alone hears signals.
+
+    Raises RankLostError, FieldError.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     trainer = new_trainer(config, ranks)
-    for order in ranks.orders():
-        match order.name:
+    for command in ranks.commands():
+        match command.name:
             case "step":
-                trainer.step(order.trees, **order.facts)
+                trainer.step(command.trees, **command.facts)
             case "weights":
                 weights_of(trainer.policy, ranks)
             case "save":
                 with suppress(OSError):  # every rank has it, rank 0 says so
                     write_shards(
-                        Path(order.facts["folder"]), trainer.policy, trainer.optimizer, ranks
+                        Path(command.facts["folder"]), trainer.policy, trainer.optimizer, ranks
                     )
             case "load":
-                read_shards(Path(order.facts["folder"]), trainer.policy, trainer.optimizer, ranks)
+                read_shards(Path(command.facts["folder"]), trainer.policy, trainer.optimizer, ranks)

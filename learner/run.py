@@ -22,11 +22,11 @@ from learner.dist.process_group import Ranks
 from learner.errors import writing
 from learner.io.checkpoint import Checkpoints, TrainState
 from learner.io.export import Exports
-from learner.io.leases import Intake
+from learner.io.leases import TreeLeases
 from learner.io.prompts import PromptStream, questions_of
 from learner.io.publish import Publisher
 from learner.io.report import Reporter
-from learner.io.validate import flaw
+from learner.io.validate import tree_problem
 from learner.train.model import load_policy
 from learner.train.trainer import Trainer
 
@@ -39,7 +39,7 @@ class Run:
     config: LearnerConfig
     state: TrainState
     held_out: list[Question]
-    intake: Intake
+    tree_leases: TreeLeases
     trainer: Trainer
     checkpoints: Checkpoints
     publisher: Publisher
@@ -68,9 +68,10 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
         checkpoints = Checkpoints(config.out_dir / "checkpoints", config.keep_checkpoints, ranks)
         state = resume(checkpoints, trainer, config)
         stream = PromptStream(questions, config.seed, _run_id(config))
-        usable = partial(flaw, model_id=publisher.model_id, vocab_size=policy.config.vocab_size)
-        intake = Intake(client, stream, config, state, usable, trainer.prepare, stop)
-        intake.give_back_from_before()
+        vocab_size = policy.config.vocab_size
+        problem_of = partial(tree_problem, model_id=publisher.model_id, vocab_size=vocab_size)
+        tree_leases = TreeLeases(client, stream, config, state, problem_of, trainer.prepare, stop)
+        tree_leases.give_back_from_before()
         publisher.align(policy, state)
         exports = Exports(config.model, config.out_dir, publisher.staged, publisher.dtype)
         _note_signals(stop)  # until here they end the process: nothing is in hand yet
@@ -80,7 +81,7 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
                     config=config,
                     state=state,
                     held_out=held_out,
-                    intake=intake,
+                    tree_leases=tree_leases,
                     trainer=trainer,
                     checkpoints=checkpoints,
                     publisher=publisher,
@@ -91,12 +92,13 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
                 )
             finally:
                 publisher.settle()
-                intake.give_back("the learner stops")
+                tree_leases.give_back("the learner stops")
 
 
 @contextmanager
 def _folder(config: LearnerConfig) -> Iterator[None]:
-    """Two runs in one folder would train on each other's trees. Raises FieldError, WriteError."""
+    """Locks the folder: two runs in one would train on each other's trees. Raises FieldError,
+    WriteError."""
     with ExitStack() as stack:
         with writing("the run", config.out_dir):
             stack.enter_context(alone_in(config.out_dir, "out_dir", "learner"))
@@ -104,7 +106,7 @@ def _folder(config: LearnerConfig) -> Iterator[None]:
 
 
 def new_trainer(config: LearnerConfig, ranks: Ranks) -> Trainer:
-    """This rank's, with torch set up. Raises FieldError for a model that does not fit."""
+    """This rank's trainer, with torch set up. Raises FieldError for a model that does not fit."""
     torch.manual_seed(config.seed + ranks.rank)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -129,7 +131,7 @@ def resume(checkpoints: Checkpoints, trainer: Trainer, config: LearnerConfig) ->
 
 
 def _run_id(config: LearnerConfig) -> str:
-    """Names the run's prompts on the server; kept, so that a resumed run knows its own."""
+    """The name of the run's prompts on the server; kept, so that a resumed run knows its own."""
     path = config.out_dir / "run.json"
     if config.resume == "never" or not path.is_file():
         fresh = path.with_suffix(".new")
@@ -140,7 +142,7 @@ def _run_id(config: LearnerConfig) -> str:
 
 
 def _note_signals(received: list[int]) -> None:
-    """It grows when SIGTERM or SIGINT comes; a second one ends the process at once."""
+    """Appends to `received` when SIGTERM or SIGINT comes; a second one ends the process at once."""
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)

@@ -1,7 +1,7 @@
 """`ibtpo-server`: parses the command line and runs the server.
 
 SGLang's children re-import this module (they are spawned), so it stays light, and importing
-server_ext.engine.cpu first puts the CPU stand-ins in place there too.
+server_ext.engine.cpu first installs the CPU stand-ins there too.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def _add_port(server: Any, address: str) -> int:
 
 
 def _bind(field: str, config: ServerConfig, bind: Callable[[str], T]) -> T:
-    """Before the engine loads: a port in use must not cost minutes."""
+    """Binds before the engine loads: a port in use must not cost minutes."""
     port = getattr(config, field)
     try:
         return bind(f"{config.host}:{port}")
@@ -235,7 +235,7 @@ def _bind(field: str, config: ServerConfig, bind: Callable[[str], T]) -> T:
 
 
 def _exit_on_signal() -> None:
-    """Until the engine is up, a signal unwinds the stack: what was started is shut down."""
+    """Lets a signal unwind the stack until the engine is up: what was started is shut down."""
 
     def leave(number: int, _: Any) -> NoReturn:
         sys.exit(128 + number)
@@ -245,7 +245,7 @@ def _exit_on_signal() -> None:
 
 
 def _take_signals_back() -> asyncio.Event:
-    """SGLang installs its own SIGTERM handler with its first request: replace it."""
+    """Replaces the SIGTERM handler that SGLang installs with its first request."""
     stopping = asyncio.Event()
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)

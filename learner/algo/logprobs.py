@@ -28,7 +28,7 @@ def chunked_logprobs(
     """
     chunks = zip(torch.split(features_TD, chunk), torch.split(target_T, chunk), strict=True)
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    parts = [again(_logprobs, head, *one, temperature) for one in chunks]
+    parts = [again(_logprobs, head, features, target, temperature) for features, target in chunks]
     return torch.cat(parts)
 
 

@@ -57,35 +57,35 @@ def truncated_importance(trainer_old_logp: Tensor, engine_logp: Tensor, cap: flo
     return torch.exp(trainer_old_logp - engine_logp).clamp(max=cap).detach()
 
 
-class TreeShares(NamedTuple):
+class TokenWeights(NamedTuple):
     """What each token of a tree's trajectories counts in the loss, [B], before the division by the
-    sum of `whole` over the batch's trees."""
+    sum of `normalizer` over the batch's trees."""
 
-    share_B: Floats
-    whole: float
+    weight_B: Floats
+    normalizer: float
 
 
-def tree_shares(
+def token_weights(
     length_B: Ints,
-    weight_B: Floats,
+    trajectory_weight_B: Floats,
     trajectories: int,
     *,
     length_norm: str,
     constant_tokens: int = 1,
-) -> TreeShares:
-    """`length_B`: generated tokens of a trajectory; `weight_B`: its weight in the tree (they sum
-    to 1; the paper: 1 / G); `trajectories`: G.
+) -> TokenWeights:
+    """`length_B`: generated tokens of a trajectory; `trajectory_weight_B`: its weight in the tree
+    (they sum to 1; the paper: 1 / G); `trajectories`: G.
 
     What comes of it in a batch: `trajectory`: weight / |tau| / trees. `token`: weight G / sum of
     all weight G |tau|. `constant`: weight G / (number of all trajectories * constant_tokens).
     """
-    count_B = weight_B * trajectories
+    count_B = trajectory_weight_B * trajectories
     if length_norm == "trajectory":
-        return TreeShares(weight_B / np.maximum(length_B, 1), 1.0)
+        return TokenWeights(trajectory_weight_B / np.maximum(length_B, 1), 1.0)
     if length_norm == "token":
-        return TreeShares(count_B, float(count_B @ length_B))
+        return TokenWeights(count_B, float(count_B @ length_B))
     if length_norm == "constant":
-        return TreeShares(count_B, float(count_B.sum()) * constant_tokens)
+        return TokenWeights(count_B, float(count_B.sum()) * constant_tokens)
     raise ValueError(f"length_norm {length_norm!r}: trajectory | token | constant")
 
 

@@ -15,7 +15,7 @@ from ibtree.wire.trees import tree_from_bytes, tree_to_bytes
 
 
 @dataclass(frozen=True)
-class Order:
+class Command:
     """What all ranks are to do: its name, its trees, and what else it needs."""
 
     name: str
@@ -23,17 +23,17 @@ class Order:
     trees: list[Tree]
 
     def parts(self) -> list[bytes]:
-        """As bytes: name and facts in JSON, then each tree."""
+        """Name and facts in JSON, then each tree, all as bytes."""
         head = json.dumps({"name": self.name, "facts": self.facts})
         return [head.encode(), *map(tree_to_bytes, self.trees)]
 
     @staticmethod
-    def of(parts: Sequence[bytes]) -> Order:
-        return Order(**json.loads(parts[0]), trees=[tree_from_bytes(part) for part in parts[1:]])
+    def of(parts: Sequence[bytes]) -> Command:
+        return Command(**json.loads(parts[0]), trees=[tree_from_bytes(part) for part in parts[1:]])
 
 
 def send(parts: Sequence[bytes]) -> None:
-    """From rank 0 to all others; tensors on the CPU travel by gloo."""
+    """Sends from rank 0 to all others; tensors on the CPU travel by gloo."""
     dist.broadcast(torch.tensor([len(parts)]), src=0)
     if parts:
         dist.broadcast(torch.tensor([len(part) for part in parts]), src=0)

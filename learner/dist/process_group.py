@@ -1,13 +1,11 @@
 """This process among those that torchrun started.
 
 Rank 0 leads: it alone runs the loop, and where all must take part it calls the others, which follow
-(`follow` in learner/loop.py). Without torchrun there is one rank, no process group, and nothing here does
-anything.
+(`serve_leader` in learner/loop.py). Without torchrun there is one rank, no process group, and
+nothing here does anything.
 """
 
 from __future__ import annotations
-
-from learner.errors import RankLostError
 
 import logging
 import os
@@ -26,7 +24,8 @@ from ibtree.errors import FieldError
 from ibtree.tree import Tree
 from learner.config import LearnerConfig
 from learner.dist.balance import balanced
-from learner.dist.commands import Order, receive, send
+from learner.dist.commands import Command, receive, send
+from learner.errors import RankLostError
 
 _log = logging.getLogger(__name__)
 _END = "end"
@@ -37,7 +36,7 @@ class Ranks:
 
     rank, size = 0, 1
     mesh: DeviceMesh | None = None
-    """Over all ranks; None without a process group."""
+    """The mesh over all ranks; None without a process group."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,19 +47,19 @@ class Ranks:
 
     @contextmanager
     def together(self, name: str, trees: Sequence[Tree] = (), **facts: Any) -> Iterator[None]:
-        """Around what all ranks do at once, and all that they tell each other: in between others
-        listen. The leader's call reaches them as an Order.
+        """Encloses what all ranks do at once, and all that they tell each other: in between others
+        listen. The leader's call reaches them as a Command.
 
         `facts` go through JSON. Raises RankLostError if another rank fails inside or does not come.
         An OSError inside must be one that every rank raises: it leaves the ranks together.
         """
         yield
 
-    def orders(self) -> Iterator[Order]:
+    def commands(self) -> Iterator[Command]:
         """What the leader calls the others for, until it ends the run. Raises RankLostError."""
         yield from ()
 
-    def share(self, sizes: Sequence[int]) -> list[int]:
+    def assigned(self, sizes: Sequence[int]) -> list[int]:
         """Indices of the things of these sizes that are this rank's, in their order."""
         return balanced(sizes, self.size)[self.rank]
 
@@ -77,7 +76,7 @@ ALONE = Ranks(torch.device("cpu"))
 
 
 class Group(Ranks):
-    """The ranks of torchrun's process group. Between two orders the leader tells the others four
+    """The ranks of torchrun's process group. Between two commands the leader tells the others four
     times in `timeout_s` that it is there: a wait for trees may be longer than that."""
 
     def __init__(self, device: torch.device, timeout_s: float) -> None:
@@ -93,19 +92,19 @@ class Group(Ranks):
     def together(self, name: str, trees: Sequence[Tree] = (), **facts: Any) -> Iterator[None]:
         with self._line, self._reporting(name):
             if self.leads:
-                send(Order(name, facts, list(trees)).parts())
+                send(Command(name, facts, list(trees)).parts())
             yield
 
-    def orders(self) -> Iterator[Order]:
+    def commands(self) -> Iterator[Command]:
         while True:
             with self._reporting("waiting for rank 0"):
                 parts = receive()
             if not parts:
                 continue
-            order = Order.of(parts)
-            if order.name == _END:
+            command = Command.of(parts)
+            if command.name == _END:
                 return
-            yield order
+            yield command
 
     def end(self) -> None:
         """Lets the others go, unless the ranks have lost each other. Raises RankLostError."""
@@ -119,8 +118,8 @@ class Group(Ranks):
     def sum(self, values: Sequence[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
-        found: list[float] = total.tolist()
-        return found
+        sums: list[float] = total.tolist()
+        return sums
 
     def most(self, value: float) -> float:
         largest = torch.tensor(value, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The model and the optimiser to files and back, whichever ranks hold which parts of them.
+"""The model and the optimiser written to files and read back, whichever ranks hold which parts of them.
 
 All ranks call these functions at once.
 """
@@ -34,7 +34,7 @@ def weights_of(model: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
 
 
 def write_shards(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Weights, optimiser and each rank's generators. Raises OSError, on every rank, where one of
+    """Writes weights, optimiser and each rank's generators. Raises OSError, on every rank, where one of
     them can not write."""
     with ranks.together("save", folder=str(folder)), _without_group():
         # asked for its state before its first step, torch would have it take an empty one
@@ -47,7 +47,8 @@ def write_shards(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ran
 
 
 def read_shards(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """The reverse, by any number of ranks; the generators of ranks that there were not stay."""
+    """Reads what write_shards wrote, on any number of ranks; generators of ranks that there were not
+    stay."""
     with ranks.together("load", folder=str(folder)), _without_group():
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
         stepped = any(name.startswith("optimizer.") for name in stored)
@@ -62,7 +63,7 @@ def read_shards(folder: Path, model: Any, optimizer: torch.optim.Optimizer, rank
             (torch.cuda if name.startswith("cuda") else torch).set_rng_state(rng)
 
 
-def fits(folder: Path, model: Any) -> bool:
+def matches_model(folder: Path, model: Any) -> bool:
     """True if the checkpoint's weights have the model's names and shapes."""
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     sizes = {

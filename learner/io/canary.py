@@ -9,14 +9,15 @@ from torch import Tensor
 
 from ibtree.tree import Tree
 from ibtree.weights.manifest import Canary
-from learner.tree.attention import SegmentAttention, features, installed
+from learner.tree.attention import SegmentAttention, hidden_states, installed
 
 _SCORED = 8
 """Tokens; a wrong update hardly leaves all of them where they were."""
 
 
 def canary_of(model: Any, tree: Tree, tolerance: float) -> Canary:
-    """Of the first tokens of the tree's first trajectory, at temperature 1. `tolerance`: [nats]."""
+    """The log-probabilities of the first tokens of the tree's first trajectory, at temperature 1.
+    `tolerance`: [nats]."""
     generated = tree.prefix(tree.end_nodes()[0])[:_SCORED]
     ids = (*tree.prompt, *generated)
     logits_TV = _logits(model, torch.tensor(ids, device=model.device))[-len(generated) - 1 : -1]
@@ -31,7 +32,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     if installed(model):
         position = torch.arange(len(ids))
         attention = SegmentAttention(position - 1, position)
-        states = features(model, ids, position.to(ids.device), attention)
+        states = hidden_states(model, ids, position.to(ids.device), attention)
         logits = model.get_output_embeddings()(states)
     else:
         logits = model(input_ids=ids[None], use_cache=False).logits[0]

@@ -23,7 +23,7 @@ import torch
 
 from ibtree.errors import PreconditionError
 from learner.dist.process_group import ALONE, Ranks
-from learner.dist.state import fits, read_shards, write_shards
+from learner.dist.state import matches_model, read_shards, write_shards
 from learner.errors import WriteError, writing
 
 _log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Checkpoints:
         return self._read(steps[-1], model, optimizer) if steps else None
 
     def _read(self, folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
-        if not fits(folder, model):
+        if not matches_model(folder, model):
             raise PreconditionError(f"out_dir: {folder} is a checkpoint of another model")
         read_shards(folder, model, optimizer, self._ranks)
         return TrainState(**json.loads((folder / "state.json").read_text()))

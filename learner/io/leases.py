@@ -29,11 +29,11 @@ _POLL_S = 5.0
 _MAX_TREES = 1024  # a LeaseTrees call gives no more
 
 
-class Intake:
+class TreeLeases:
     """Prompts in, leases out. What it holds (`state.leases`) is also written down at once, so that
     a run that is killed gives its trees back when it comes back, instead of waiting until the
-    leases run out. `flaw` says what is wrong with a tree, empty for a good one; `prepare` is told
-    of each good one as it comes; when `stop` grows, it waits no longer."""
+    leases run out. `tree_problem` says what is wrong with a tree, empty for a good one; `prepare`
+    is told of each good one as it comes; when `stop` grows, it waits no longer."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class Intake:
         stream: PromptStream,
         config: LearnerConfig,
         state: TrainState,
-        flaw: Callable[[Tree], str],
+        tree_problem: Callable[[Tree], str],
         prepare: Callable[[Tree], None],
         stop: Sequence[int] = (),
     ) -> None:
         self._client, self._stream, self._config, self._state = client, stream, config, state
-        self._flaw, self._prepare, self._stop = flaw, prepare, stop
+        self._tree_problem, self._prepare, self._stop = tree_problem, prepare, stop
         self._options = options_from(config)
         self._ready: dict[int, TreeLease] = {}
         self._extended = time.monotonic()
@@ -86,21 +86,21 @@ class Intake:
         """
         until = time.monotonic() + self._config.patience_s
         while not self._stop and (missing := [n for n in self._wanted() if n not in self._ready]):
-            got = self._client.lease_trees(
+            leases = self._client.lease_trees(
                 min(len(missing), _MAX_TREES),
                 lease_s=self._config.lease_s,
                 wait_s=_POLL_S,
                 wait=True,
             )
-            self._take(got)
+            self._take(leases)
             self.keep_alive()
-            if not got and not self._more_will_come():
+            if not leases and not self._more_will_come():
                 _log.warning("%s of this step's prompts give no tree", len(missing))
                 if len(missing) < self._config.prompts_per_step:
                     break
                 self._state.prompts_done += self._config.prompts_per_step
                 self.submit_ahead()
-            if not got and time.monotonic() > until:
+            if not leases and time.monotonic() > until:
                 raise QueueDry(
                     f"no tree within {self._config.patience_s} s ({self._client.queue_stats()})"
                 )
@@ -168,19 +168,19 @@ class Intake:
         return below or tree_id in self._state.trained
 
     def _take(self, leases: list[TreeLease]) -> None:
-        self._state.leases |= {one.lease_id: one.tree.tree_id for one in leases}
+        self._state.leases |= {lease.lease_id: lease.tree.tree_id for lease in leases}
         self._write_down()
-        for one in leases:
-            number = self._stream.number_of(one.tree.tree_id)
-            if self._is_done(one.tree.tree_id):
+        for lease in leases:
+            number = self._stream.number_of(lease.tree.tree_id)
+            if self._is_done(lease.tree.tree_id):
                 continue  # acked with the next checkpoint
-            if problem := one.problem or self._flaw(one.tree):
-                self._refuse(one, problem)
+            if problem := lease.problem or self._tree_problem(lease.tree):
+                self._refuse(lease, problem)
             elif number is None:
-                self._refuse(one, "not of a prompt of this run")
+                self._refuse(lease, "not of a prompt of this run")
             else:
-                self._prepare(one.tree)
-                self._ready[number] = one
+                self._prepare(lease.tree)
+                self._ready[number] = lease
 
     def _refuse(self, lease: TreeLease, problem: str) -> None:
         _log.warning("tree %s refused: %s", lease.tree.tree_id, problem)

@@ -18,14 +18,16 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         self._path = path
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in kept]
+        retained = [
+            line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step
+        ]
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in retained]
         """What the run has reported so far."""
         with writing("metrics", path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if kept != lines:
+            if retained != lines:
                 fresh = path.with_suffix(".new")
-                fresh.write_bytes(b"".join(kept))
+                fresh.write_bytes(b"".join(retained))
                 fresh.rename(path)
             self._file = path.open("a", encoding="utf-8")
 

@@ -9,7 +9,7 @@ from learner.config import LearnerConfig
 
 
 def questions_of(source: str, config: LearnerConfig) -> list[Question]:
-    """Read by the run's fields and template. Raises FieldError with the line or row."""
+    """Questions read by the run's fields and template. Raises FieldError with the line or row."""
     return read_questions(source, config.prompt_field, config.answer_field, config.prompt_template)
 
 
@@ -26,12 +26,12 @@ class PromptStream:
 
     def __getitem__(self, number: int) -> tuple[str, Question]:
         """Id and question of position `number`, from 0."""
-        epoch, place = divmod(number, len(self._questions))
+        epoch, position = divmod(number, len(self._questions))
         if epoch != self._epoch:
             self._order = list(range(len(self._questions)))
             random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
             self._epoch = epoch
-        return f"{self._run_id}/{number}", self._questions[self._order[place]]
+        return f"{self._run_id}/{number}", self._questions[self._order[position]]
 
     def number_of(self, id_: str) -> int | None:
         """The position whose id this is; None for the id of another run."""

@@ -116,7 +116,7 @@ class Publisher:
             _log.warning("the last version was not published: %r", error)
 
     def _push(self) -> float:
-        """As a delta on the version pushed before it, if that is smaller and the server has it."""
+        """Pushes a delta on the version pushed before, if that is smaller and the server has it."""
         manifest, before, self._served = self._manifest, self._served, None
         outcome = self._push_delta(manifest, before) if before else None
         if outcome is None:
@@ -125,7 +125,7 @@ class Publisher:
         return outcome.pause_s
 
     def _push_delta(self, manifest: WeightManifest, base: WeightManifest) -> PushOutcome | None:
-        """None if the whole version has to be pushed."""
+        """Pushes the delta on `base`; None if the whole version has to be pushed."""
         with writing("the weights to publish", self.staged.parent):
             size = write_delta(self._base, self.staged, self._delta)
         if size >= manifest.file_bytes:
@@ -146,7 +146,7 @@ class Publisher:
             return self._transport.push(manifest, path, timeout_s=self._patience_s, wait=True)
 
     def align(self, model: Any, state: TrainState) -> None:
-        """After a start or a resume: stages this policy and makes the server serve it.
+        """Stages this policy after a start or a resume, and makes the server serve it.
 
         Nothing is pushed if it does. A server that is behind gets the version it missed; one that
         is elsewhere gets a version above all it has seen.

@@ -142,8 +142,8 @@ class Reporter:
 
     def best_accuracy(self) -> float:
         """The highest so far; -1 before the first."""
-        found = [row["accuracy"] for row in self._file.rows if row["kind"] == "eval"]
-        return max(found, default=-1.0)
+        accuracies = [row["accuracy"] for row in self._file.rows if row["kind"] == "eval"]
+        return max(accuracies, default=-1.0)
 
     def say(self, text: str) -> None:
         """A line that stays above the progress line."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ibtree.tree import Tree
 
 
-def flaw(tree: Tree, model_id: str, vocab_size: int) -> str:
+def tree_problem(tree: Tree, model_id: str, vocab_size: int) -> str:
     """Why the tree can not be trained on by this model; empty if it can."""
     if tree.model_id != model_id:
         return f"model_id: of model {tree.model_id[:12]}…, the learner trains {model_id[:12]}…"

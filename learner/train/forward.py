@@ -15,10 +15,10 @@ from learner.config import LearnerConfig
 from learner.train.model import checkpoint_activations, packed_logprobs, token_logprobs
 from learner.tree.attention import BLOCK, FlexTreeAttention, SegmentAttention, TreeAttention
 from learner.tree.pack import Pack, Piece, drafts, packs, padded
-from learner.tree.prepared import Kept
-from learner.tree.probe import prepare
+from learner.tree.prepared import PreparedTrees
+from learner.tree.probe import enable_packed_attention
 from learner.tree.rows import Rows, pad, split_rows, tree_rows
-from learner.tree.training import Shares, TrainedTree
+from learner.tree.training import LossWeights, TrainingTree
 
 BUCKETS = 8
 """Lengths that packs on the GPU are padded to: FlexAttention is compiled for each."""
@@ -51,7 +51,7 @@ class Forward(Protocol):
         """Does what can be done before the tree's batch is complete; leaving it out is no fault."""
         ...
 
-    def batches(self, trees: Sequence[TrainedTree]) -> Iterator[Any]: ...
+    def batches(self, trees: Sequence[TrainingTree]) -> Iterator[Any]: ...
     def logprobs(self, model: Any, batch: Any) -> Tensor: ...
 
 
@@ -70,22 +70,26 @@ class PackedForward:
         models: Sequence[Any],
         config: LearnerConfig,
         device: torch.device,
-        shares: Callable[[Tree], Shares],
+        loss_weights: Callable[[Tree], LossWeights],
     ) -> None:
         for model in models:
-            prepare(model)
+            enable_packed_attention(model)
             # a method of the model: FSDP gathers its weights around methods alone
             model.packed_logprobs = partial(packed_logprobs, model)
         self._config, self._device = config, device
-        self._drafts = Kept(lambda tree: drafts(tree, shares(tree).share_N, config))
+        self._drafts = PreparedTrees(lambda tree: drafts(tree, loss_weights(tree).weight_N, config))
 
     def prepare(self, tree: Tree) -> None:
         self._drafts.prepare(tree)
 
-    def batches(self, trees: Sequence[TrainedTree]) -> Iterator[PackedBatch]:
+    def batches(self, trees: Sequence[TrainingTree]) -> Iterator[PackedBatch]:
         """Packs of at most `micro_batch_tokens` (one trajectory always fits)."""
         limit = self._config.micro_batch_tokens
-        pieces = [Piece(draft, one) for one in trees for draft in self._drafts(one.tree)]
+        pieces = [
+            Piece(draft, training_tree)
+            for training_tree in trees
+            for draft in self._drafts(training_tree.tree)
+        ]
         for pack in packs(pieces, limit):
             attention: TreeAttention
             if self._device.type == "cuda":
@@ -96,7 +100,7 @@ class PackedForward:
             yield PackedBatch(**vars(pack), attention=attention)
 
     def logprobs(self, model: Any, batch: PackedBatch) -> Tensor:
-        """Of each token with a term in the loss, [T]."""
+        """Log-probabilities of the tokens with a term in the loss, [T]."""
         logp: Tensor = model.packed_logprobs(
             batch,
             batch.attention,
@@ -115,14 +119,14 @@ class TrajectoryForward:
     def prepare(self, tree: Tree) -> None:
         """Rows are made batch by batch."""
 
-    def batches(self, trees: Sequence[TrainedTree]) -> Iterator[Rows]:
+    def batches(self, trees: Sequence[TrainingTree]) -> Iterator[Rows]:
         """Rows of at most `micro_batch_tokens` together, padding included (one always fits)."""
         rows = [row for tree in trees for row in tree_rows(tree, self._config)]
         for part in split_rows(rows, self._config.micro_batch_tokens):
             yield pad(part, self._device)
 
     def logprobs(self, model: Any, batch: Rows) -> Tensor:
-        """Of each generated token, [B, T]; 0 at padding."""
+        """Log-probabilities of the generated tokens, [B, T]; 0 at padding."""
         return token_logprobs(
             model,
             batch.ids,
@@ -139,16 +143,16 @@ def forward_of(
     policy: Any,
     reference: Any | None,
     device: torch.device,
-    shares: Callable[[Tree], Shares],
+    loss_weights: Callable[[Tree], LossWeights],
 ) -> Forward:
-    """What `--forward` names; `shares` as shares_of. Raises FieldError for a model that packed
-    trees do not fit."""
+    """What `--forward` names; `loss_weights` as loss_weights_of. Raises FieldError for a model
+    that packed trees do not fit."""
     if config.activation_checkpointing:
         checkpoint_activations(policy)
     if config.forward == "trajectory":
         return TrajectoryForward(config, device)
     models = [policy] if reference is None else [policy, reference]
-    return PackedForward(models, config, device, shares)
+    return PackedForward(models, config, device, loss_weights)
 
 
 def bucket(tokens: int, limit: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ibtree.errors import FieldError
 from learner.algo.logprobs import chunked_logprobs
-from learner.tree.attention import TreeAttention, features
+from learner.tree.attention import TreeAttention, hidden_states
 from learner.tree.pack import Pack
 
 
@@ -85,10 +85,10 @@ def packed_logprobs(
 
     Read at its predecessor in the tree. Logits exist for `chunk` tokens at a time.
     """
-    features_MD = features(model, pack.ids, pack.position, attention)
+    hidden_MD = hidden_states(model, pack.ids, pack.position, attention)
     return chunked_logprobs(
         model.get_output_embeddings(),
-        features_MD.index_select(0, pack.predecessor[pack.target]),
+        hidden_MD.index_select(0, pack.predecessor[pack.target]),
         pack.ids[pack.target],
         temperature=temperature,
         chunk=chunk,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learner.config import LearnerConfig
 from learner.train.forward import Batch
-from learner.tree.training import TrainedTree, tree_advantages
+from learner.tree.training import TrainingTree, tree_advantages
 
 
 def step_logprobs(batches: Sequence[Batch], logps: Sequence[Tensor], nodes: int) -> Tensor:
@@ -29,17 +29,17 @@ def step_logprobs(batches: Sequence[Batch], logps: Sequence[Tensor], nodes: int)
 def by_reference(
     batches: Sequence[Any],
     logps: Sequence[Tensor],
-    trees: Sequence[TrainedTree],
+    trees: Sequence[TrainingTree],
     config: LearnerConfig,
 ) -> list[Any]:
     """The batches of these trees with the advantages that the reference's `logps` make."""
     if not batches:
         return []
-    nodes = max(one.first + len(one.tree) for one in trees)
+    nodes = max(training_tree.first + len(training_tree.tree) for training_tree in trees)
     logp_N, advantage_N = step_logprobs(batches, logps, nodes), torch.zeros(nodes).double()
-    for one in trees:
-        own = slice(one.first, one.first + len(one.tree))
-        advantage_N[own] = tree_advantages(one.tree, config, logp_N[own])
+    for training_tree in trees:
+        own = slice(training_tree.first, training_tree.first + len(training_tree.tree))
+        advantage_N[own] = tree_advantages(training_tree.tree, config, logp_N[own])
     return [
         replace(batch, advantage=advantage_N.to(batch.node.device)[batch.node]) for batch in batches
     ]

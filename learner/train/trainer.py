@@ -21,8 +21,8 @@ from learner.dist.fsdp import shard, whole
 from learner.dist.process_group import ALONE, Ranks
 from learner.train.forward import Batch, forward_of
 from learner.train.reference import by_reference
-from learner.tree.prepared import Kept
-from learner.tree.training import TrainedTree, shares_of, trained_trees
+from learner.tree.prepared import PreparedTrees
+from learner.tree.training import TrainingTree, loss_weights_of, training_trees
 
 
 @dataclass
@@ -49,7 +49,8 @@ class StepFigures:
     seconds_compute: float = 0.0
 
     def means(self) -> dict[str, float]:
-        """Log-probability gap [nats] over tokens of the trainer's own version: NaN without any."""
+        """What is reported; the log-probability gap [nats] is over tokens of the trainer's own
+        version, NaN without any."""
         tokens, gap_tokens = max(self.tokens, 1.0), self.gap_tokens
         return {
             "loss": self.loss / max(self.passes, 1),
@@ -77,7 +78,7 @@ class _Pass:
 
     batch: Batch
     idle: bool
-    """Only so that this rank passes through the layers as often as the others."""
+    """True if it only makes this rank pass through the layers as often as the others."""
     reference: Tensor | None
     """The frozen reference's log-probabilities, if there is one."""
     before: Tensor | None = None
@@ -96,8 +97,9 @@ class Trainer:
         ranks: Ranks = ALONE,
     ) -> None:
         self.policy, self._reference = policy, reference
-        self._config, self._shares = config, Kept(partial(shares_of, config=config))
-        self._forward = forward_of(config, policy, reference, device, self._shares)
+        self._config = config
+        self._loss_weights = PreparedTrees(partial(loss_weights_of, config=config))
+        self._forward = forward_of(config, policy, reference, device, self._loss_weights)
         self._ranks = ranks
         shard(policy, ranks, config, trained=True)
         if reference is not None:
@@ -109,8 +111,8 @@ class Trainer:
     def prepare(self, tree: Tree) -> None:
         """Packs a tree that is to be trained on ahead of its step, while others still grow; on
         several ranks each packs its own share in the step."""
-        self._shares.prepare(tree)
-        skipped = self._config.skip_uniform_trees and self._shares(tree).uniform
+        self._loss_weights.prepare(tree)
+        skipped = self._config.skip_uniform_trees and self._loss_weights(tree).uniform
         if self._ranks.size == 1 and not skipped:
             self._forward.prepare(tree)
 
@@ -122,33 +124,34 @@ class Trainer:
         Without a tree left, or a finite loss and gradient, the weights stay. All ranks take it at
         once, each with a share of the trees; what they decide by is the same on all.
         """
-        trained, figures = trained_trees(trees, self._config, self._shares), StepFigures()
-        figures.trained_trees = len(trained)
-        if not trained:
+        training, figures = training_trees(trees, self._config, self._loss_weights), StepFigures()
+        figures.trained_trees = len(training)
+        if not training:
             return figures
         with self._ranks.together("step", trees, version=version, updates=updates):
-            passes = self._passes(trained, figures)
+            passes = self._passes(training, figures)
             for _ in range(self._config.optimizer_steps_per_batch):
                 self.optimizer.zero_grad(set_to_none=True)
-                loss = sum(self._backward(one, version, figures) for one in passes)
+                loss = sum(self._backward(pass_, version, figures) for pass_ in passes)
                 if not self._update(loss, updates, figures):
                     break
             self._add_up(figures)
         return figures
 
-    def _passes(self, trained: list[TrainedTree], figures: StepFigures) -> list[_Pass]:
-        """This rank's, as many as on any other."""
-        sizes = [len(one.tree.prompt) + one.tree.unique_tokens for one in trained]
-        own = [trained[i] for i in self._ranks.share(sizes)]
+    def _passes(self, training: list[TrainingTree], figures: StepFigures) -> list[_Pass]:
+        """This rank's passes, as many as on any other."""
+        sizes = [len(t.tree.prompt) + t.tree.unique_tokens for t in training]
+        own = [training[i] for i in self._ranks.assigned(sizes)]
         batches = list(self._forward.batches(own))
         missing = round(self._ranks.most(len(batches))) - len(batches)
-        smallest = trained[sizes.index(min(sizes))]
+        smallest = training[sizes.index(min(sizes))]
         spare = [next(iter(self._forward.batches([smallest])))] * missing if missing else []
-        references: list[Any] = [self._frozen(one, figures) for one in (*batches, *spare)]
+        references: list[Any] = [self._frozen(batch, figures) for batch in (*batches, *spare)]
         if self._config.local_reference == "reference":
             batches = by_reference(batches, references[: len(batches)], own, self._config)
         idle = [False] * len(batches) + [True] * len(spare)
-        return [_Pass(*one) for one in zip((*batches, *spare), idle, references, strict=True)]
+        columns = ((*batches, *spare), idle, references)
+        return [_Pass(*row) for row in zip(*columns, strict=True)]
 
     def _frozen(self, batch: Batch, figures: StepFigures) -> Tensor | None:
         """The reference's log-probabilities; None without one."""
@@ -175,18 +178,18 @@ class Trainer:
                 figures.updates += 1
         return not figures.bad
 
-    def _backward(self, one: _Pass, version: int, figures: StepFigures) -> float:
+    def _backward(self, pass_: _Pass, version: int, figures: StepFigures) -> float:
         """Adds the pass's gradient; returns its loss."""
-        batch = one.batch
+        batch = pass_.batch
         with figures.computing():
             logp = self._forward.logprobs(self.policy, batch)
-            if one.idle:
+            if pass_.idle:
                 (logp.sum() * 0.0).backward()  # type: ignore[no-untyped-call]
                 return 0.0
-            one.before = logp.detach() if one.before is None else one.before
+            pass_.before = logp.detach() if pass_.before is None else pass_.before
             old, correction = batch.old_logp, None
             if self._config.old_logprobs == "trainer":
-                old = one.before
+                old = pass_.before
                 cap = self._config.importance_cap
                 correction = truncated_importance(old, batch.old_logp, cap)
             objective = token_objective(
@@ -195,7 +198,7 @@ class Trainer:
                 batch.advantage,
                 clip_low=self._config.clip_low,
                 clip_high=self._config.clip_high,
-                ref_logp=one.reference,
+                ref_logp=pass_.reference,
                 correction=correction,
             )
             total = weighted_loss(objective, batch.weight, self._config.kl_weight)
@@ -208,7 +211,7 @@ class Trainer:
         figures.tokens += float(counted.sum())
         own = (batch.versions == version) & (counted > 0)
         if own.any():
-            gap = (one.before - batch.old_logp).abs()[own]
+            gap = (pass_.before - batch.old_logp).abs()[own]
             figures.gap_sum += float(gap.sum())
             figures.gap_max = max(figures.gap_max, float(gap.max()))
             figures.gap_tokens += gap.numel()

@@ -28,7 +28,7 @@ class Group(NamedTuple):
     query_BQ: Tensor
     position_BQ: Tensor
     key_BK: Tensor
-    """In the order of their positions, padding after the last."""
+    """The paths' tokens in the order of their positions, padding after the last."""
 
     @property
     def visible_BQK(self) -> Tensor:
@@ -61,7 +61,7 @@ def groups(predecessor: Tensor, position: Tensor) -> list[Group]:
     order = np.lexsort((new_S, keys_S))
     runs_S2, new_S, keys_S = runs_S2[order], new_S[order], keys_S[order]
     path_SK = _paths(runs_S2[:, 1] - 1, predecessor_M, position_M)
-    found: list[Group] = []
+    segment_groups: list[Group] = []
     for low, high in pairwise(_borders(new_S.tolist(), keys_S.tolist())):
         queries, keys = int(new_S[low:high].max()), int(keys_S[high - 1])
         index_Q = np.arange(queries)
@@ -69,13 +69,13 @@ def groups(predecessor: Tensor, position: Tensor) -> list[Group]:
         query_BQ = runs_S2[low:high, :1] + offset_BQ
         key_BK = np.ascontiguousarray(path_SK[low:high, :keys])
         columns = (query_BQ, position_M[query_BQ], key_BK)
-        found.append(Group(*map(torch.from_numpy, columns)))
-    return found
+        segment_groups.append(Group(*map(torch.from_numpy, columns)))
+    return segment_groups
 
 
 def _borders(new: Sequence[int], keys: Sequence[int]) -> list[int]:
-    """Where each group of segments with so many new tokens and keys begins, and the end. Keys
-    ascend."""
+    """Borders of the groups of segments with so many new tokens and keys: where each begins, and
+    the end. Keys ascend."""
     borders, scores, widest = [0], 0, 0
     for s, (queries, length) in enumerate(zip(new, keys, strict=True)):
         scores, widest = scores + queries * length, max(widest, queries)
@@ -86,9 +86,9 @@ def _borders(new: Sequence[int], keys: Sequence[int]) -> list[int]:
 
 
 def rows_of(query: Tensor, tokens: int) -> Tensor:
-    """Where each token is in all groups' queries, flattened one after another, [M]."""
+    """Index of each token in all groups' queries, flattened one after another, [M]."""
     row_M = np.empty(tokens, np.int64)
-    # a segment's first token may come again as padding: the last written stays, its first place
+    # a segment's first token may come again as padding: the last written stays, its first index
     row_M[query.numpy()[::-1]] = np.arange(len(query))[::-1]
     return torch.from_numpy(row_M)
 

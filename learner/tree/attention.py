@@ -170,7 +170,9 @@ def _attend(
     return tree.attend(query, key, value, scaling), None
 
 
-def features(model: Any, ids_M: Tensor, position_M: Tensor, attention: TreeAttention) -> Tensor:
+def hidden_states(
+    model: Any, ids_M: Tensor, position_M: Tensor, attention: TreeAttention
+) -> Tensor:
     """What the head sees of each token of a packed sequence, [M, D]."""
     out = model.get_decoder()(
         input_ids=ids_M[None], position_ids=position_M[None], use_cache=False, tree=attention

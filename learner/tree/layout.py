@@ -16,7 +16,7 @@ from learner.algo import Floats, Ints
 
 
 class Layout(NamedTuple):
-    """Of each token, int64 [M]."""
+    """A column per figure of the tokens, each int64 [M]."""
 
     node: Ints
     predecessor: Ints
@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
 
 def layout(parents: Sequence[int], lengths: Sequence[int]) -> Layout:
-    """Where the tokens of nodes with these lengths [tokens, at least 1] lie."""
+    """The layout of the tokens of nodes with these lengths [tokens, at least 1]."""
     length_N, above_N = np.asarray(lengths), np.asarray(parents)
     stop_N = np.cumsum(length_N)
     start_N = stop_N - length_N
@@ -53,7 +53,7 @@ def subtree_stops(parents: Sequence[int]) -> Ints:
 
 
 def subtree_sums(stop_N: Ints, value_N: Floats) -> Floats:
-    """Sum of the values at or below each node, [N]: w_t from the shares of the trajectories that
+    """Sum of the values at or below each node, [N]: w_t from the weights of the trajectories that
     end at the nodes. A subtree is an interval up to its `subtree_stops`."""
     before = np.concatenate([[0.0], np.cumsum(value_N)])
     return np.asarray(before[stop_N] - before[:-1])
@@ -63,7 +63,7 @@ class Part(NamedTuple):
     """Some nodes of a tree with all that lies above them."""
 
     nodes: list[int]
-    """In depth-first order; the first `repeated` of them are counted in another part."""
+    """Indices in depth-first order; the first `repeated` of them are counted in another part."""
     repeated: int
 
 

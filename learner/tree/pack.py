@@ -1,4 +1,4 @@
-"""From scored trees to packs: sequences in which each token of a tree stands once.
+"""Packs made of scored trees: sequences in which each token of a tree stands once.
 
 Shapes: N nodes of a tree, M tokens of a pack, T of them with a term in the loss.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from ibtree.tree import Floats, Ints, Tree
 from learner.config import LearnerConfig
 from learner.tree.layout import Layout, Part, cut, first_fit, layout, subtree_stops, subtree_sums
-from learner.tree.training import TrainedTree, tree_advantages
+from learner.tree.training import TrainingTree, tree_advantages
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     """A draft in its batch."""
 
     draft: Draft
-    trained: TrainedTree
+    training_tree: TrainingTree
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ def depth_first(tree: Tree) -> list[int]:
     return order
 
 
-def drafts(tree: Tree, share_N: Floats, config: LearnerConfig) -> list[Draft]:
-    """The tree, in several parts if it has more than `micro_batch_tokens` unique tokens; `share_N`
-    as in Shares."""
+def drafts(tree: Tree, end_weight_N: Floats, config: LearnerConfig) -> list[Draft]:
+    """The tree, in several parts if it has more than `micro_batch_tokens` unique tokens;
+    `end_weight_N`: the `weight_N` of its LossWeights."""
     order = depth_first(tree)
     at = {node: i for i, node in enumerate(order)}
     parents = [at[tree.parents[node]] for node in order]
     lengths = [len(tree.prompt), *(len(tree.steps[node].token_ids) for node in order[1:])]
     advantage_N, weight_N = tree_advantages(tree, config).numpy(), np.zeros(len(tree))
-    weight_N[order] = subtree_sums(subtree_stops(parents), share_N[order])
+    weight_N[order] = subtree_sums(subtree_stops(parents), end_weight_N[order])
     return [
         _draft(tree, order, parents, lengths, advantage_N, weight_N, part)
         for part in cut(parents, lengths, config.micro_batch_tokens)
@@ -101,15 +101,15 @@ def _draft(
     part: Part,
 ) -> Draft:
     at = {n: i for i, n in enumerate(part.nodes)}
-    placed = layout([at[parents[n]] for n in part.nodes], [lengths[n] for n in part.nodes])
+    part_layout = layout([at[parents[n]] for n in part.nodes], [lengths[n] for n in part.nodes])
     nodes = [order[n] for n in part.nodes]
     counted = [tree.steps[n] for n in nodes[part.repeated :]]
-    target = np.nonzero(placed.node >= part.repeated)[0]
-    node = np.asarray(nodes)[placed.node[target]]
+    target = np.nonzero(part_layout.node >= part.repeated)[0]
+    node = np.asarray(nodes)[part_layout.node[target]]
     above = [t for n in nodes[1:] for t in tree.steps[n].token_ids]
     return Draft(
         ids=np.asarray([*tree.prompt, *above]),
-        layout=placed,
+        layout=part_layout,
         target=target,
         old_logp=np.asarray([lp for s in counted for lp in s.logprobs], float),
         versions=np.asarray([v for s in counted for v in s.versions], int),
@@ -136,7 +136,7 @@ def pack(pieces: Sequence[Piece]) -> Pack:
         return np.concatenate(list(columns))
 
     predecessor = joined(draft.layout.predecessor for draft in parts)
-    found = {
+    merged = {
         "ids": joined(draft.ids for draft in parts),
         "position": joined(draft.layout.position for draft in parts),
         "predecessor": np.where(predecessor < 0, predecessor, predecessor + moved),
@@ -144,11 +144,11 @@ def pack(pieces: Sequence[Piece]) -> Pack:
         "target": joined(d.target + start for d, start in zip(parts, starts, strict=True)),
         "old_logp": joined(draft.old_logp for draft in parts),
         "versions": joined(draft.versions for draft in parts),
-        "node": joined(draft.node + one.first for draft, one in pieces),
+        "node": joined(draft.node + training_tree.first for draft, training_tree in pieces),
         "advantage": joined(draft.advantage for draft in parts),
-        "weight": joined(draft.weight * one.scale for draft, one in pieces),
+        "weight": joined(draft.weight * training_tree.scale for draft, training_tree in pieces),
     }
-    return Pack(**{name: torch.from_numpy(column) for name, column in found.items()})
+    return Pack(**{name: torch.from_numpy(column) for name, column in merged.items()})
 
 
 def padded(pack: Pack, tokens: int) -> Pack:

@@ -1,4 +1,4 @@
-"""What was made of a tree ahead of its step, kept as long as the tree is."""
+"""What was made of trees ahead of their step, kept as long as each tree is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ibtree.tree import Tree
 T = TypeVar("T")
 
 
-class Kept(Generic[T]):
+class PreparedTrees(Generic[T]):
     """Calls `make` for trees that were not prepared; trees are told apart by identity."""
 
     def __init__(self, make: Callable[[Tree], T]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ibtree.errors import FieldError
-from learner.tree.attention import SegmentAttention, features, install, installed, unfit
+from learner.tree.attention import SegmentAttention, hidden_states, install, installed, unfit
 from learner.tree.layout import layout
 
 PROMPT, BRANCH = 3, 4
@@ -25,7 +25,7 @@ class _Counted(SegmentAttention):
         return super().attend(query, key, value, scale)
 
 
-def prepare(model: Any) -> None:
+def enable_packed_attention(model: Any) -> None:
     """Switches the model's attention to packed trees; a second time does nothing.
 
     Raises FieldError, with the reason, and leaves the model as it was, if it reads more than a
@@ -46,21 +46,23 @@ def prepare(model: Any) -> None:
 @torch.no_grad()
 def _try_out(model: Any) -> None:
     size = model.get_input_embeddings().weight.shape[0]
-    placed = layout([0, 0, 0], [PROMPT, BRANCH, BRANCH])
-    predecessor, position = map(torch.from_numpy, (placed.predecessor, placed.position))
+    tree_layout = layout([0, 0, 0], [PROMPT, BRANCH, BRANCH])
+    predecessor, position = map(torch.from_numpy, (tree_layout.predecessor, tree_layout.position))
     attention = _Counted(predecessor, position)
     ids = (torch.arange(len(position)) * 7 % size).to(model.device)
     position = position.to(model.device)
     rows = torch.stack([ids[: PROMPT + BRANCH], torch.cat([ids[:PROMPT], ids[-BRANCH:]])])
-    want = model(input_ids=rows, use_cache=False).logits
+    row_logits = model(input_ids=rows, use_cache=False).logits
     install(model)
     try:
-        found = model.get_output_embeddings()(features(model, ids, position, attention))
+        hidden = hidden_states(model, ids, position, attention)
+        packed_logits = model.get_output_embeddings()(hidden)
     except TypeError as error:
         raise unfit(f"it does not hand arguments on to its attention ({error})") from error
     layers = model.config.get_text_config().num_hidden_layers
     if attention.calls != layers:
         raise unfit(f"{layers - attention.calls} of its {layers} layers are no attention to tokens")
-    want = torch.cat([want[0], want[1, PROMPT:]])
-    if (found - want).norm() > torch.finfo(want.dtype).eps ** 0.5 * want.norm():
+    row_logits = torch.cat([row_logits[0], row_logits[1, PROMPT:]])
+    tolerance = torch.finfo(row_logits.dtype).eps ** 0.5
+    if (packed_logits - row_logits).norm() > tolerance * row_logits.norm():
         raise unfit("its log-probabilities differ from those of single trajectories")

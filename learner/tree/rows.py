@@ -1,4 +1,4 @@
-"""From scored trees to rows of tokens: one row a distinct trajectory.
+"""Rows of tokens made of scored trees: one row a distinct trajectory.
 
 Shapes: N nodes of a tree, B rows, S prompt and completion tokens, T generated tokens.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learner.config import LearnerConfig
-from learner.tree.training import TrainedTree, tree_advantages
+from learner.tree.training import TrainingTree, tree_advantages
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Row:
     versions: tuple[int, ...]
     nodes: tuple[int, ...]
     advantages: tuple[float, ...]
-    share: float
+    weight: float
     """What each of its tokens counts in the batch's loss."""
-    shared: int
-    """Its first tokens that lie on an earlier row of the tree too."""
+    repeated: int
+    """The number of its first tokens that lie on an earlier row of the tree too."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Rows:
     weight: Tensor
 
 
-def tree_rows(trained: TrainedTree, config: LearnerConfig) -> list[Row]:
+def tree_rows(training_tree: TrainingTree, config: LearnerConfig) -> list[Row]:
     """A row for each node with which trajectories end."""
-    tree = trained.tree
+    tree = training_tree.tree
     advantages = tree_advantages(tree, config).tolist()
-    shares = (trained.share_N * trained.scale).tolist()
+    weights = (training_tree.weight_N * training_tree.scale).tolist()
     rows, seen = [], set[int]()
     for end in tree.end_nodes():
         path = tree.path(end)
@@ -64,10 +64,10 @@ def tree_rows(trained: TrainedTree, config: LearnerConfig) -> list[Row]:
                 token_ids=tuple(t for s in steps for t in s.token_ids),
                 logprobs=tuple(lp for s in steps for lp in s.logprobs),
                 versions=tuple(v for s in steps for v in s.versions),
-                nodes=tuple(trained.first + n for n in path for _ in tree.steps[n].token_ids),
+                nodes=tuple(training_tree.first + n for n in path for _ in tree.steps[n].token_ids),
                 advantages=tuple(advantages[n] for n in path for _ in tree.steps[n].token_ids),
-                share=shares[end],
-                shared=sum(len(tree.steps[n].token_ids) for n in path if n in seen),
+                weight=weights[end],
+                repeated=sum(len(tree.steps[n].token_ids) for n in path if n in seen),
             )
         )
         seen.update(path)
@@ -102,19 +102,19 @@ def pad(rows: Sequence[Row], device: torch.device) -> Rows:
 
     totals = torch.tensor([len(r.prompt) + len(r.token_ids) for r in rows], device=device)
     lengths = torch.tensor([len(row.token_ids) for row in rows], device=device)
-    shared = torch.tensor([row.shared for row in rows], device=device)
+    repeated = torch.tensor([row.repeated for row in rows], device=device)
     index = torch.arange(width, device=device)[None, :]
     mask = (index < lengths[:, None]).float()
-    shares = torch.tensor([row.share for row in rows], dtype=torch.float64, device=device)
+    weights = torch.tensor([row.weight for row in rows], dtype=torch.float64, device=device)
     return Rows(
         ids=torch.tensor([ids(row) for row in rows], device=device),
         ids_mask=(torch.arange(wide, device=device)[None, :] < totals[:, None]).long(),
         prompt_lengths=torch.tensor([len(row.prompt) for row in rows], device=device),
         mask=mask,
-        counted=mask * (index >= shared[:, None]),
+        counted=mask * (index >= repeated[:, None]),
         old_logp=column([row.logprobs for row in rows], torch.float64),
         versions=column([row.versions for row in rows], torch.int64),
         node=column([row.nodes for row in rows], torch.int64),
         advantage=column([row.advantages for row in rows], torch.float64),
-        weight=shares[:, None] * mask,
+        weight=weights[:, None] * mask,
     )

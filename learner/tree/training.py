@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -16,17 +17,17 @@ from torch import Tensor
 
 from ibtree.tree import Floats, Tree, score
 from learner.algo.advantage import NO_SPREAD, step_advantages
-from learner.algo.objectives import tree_shares
+from learner.algo.objectives import token_weights
 from learner.config import LearnerConfig
 
 
 @dataclass(frozen=True)
-class TrainedTree:
-    """A tree that enters the loss."""
+class TrainingTree:
+    """A tree to be trained: it enters the batch's loss."""
 
     tree: Tree
-    share_N: Floats
-    """As in Shares."""
+    weight_N: Floats
+    """The weights as in LossWeights."""
     scale: float
     """What they are multiplied by in this batch."""
     first: int
@@ -61,47 +62,55 @@ def tree_advantages(
     )
 
 
-class Shares(NamedTuple):
+class LossWeights(NamedTuple):
     """What each token of a trajectory that ends at a node counts in the loss, [N] (0 where none
-    ends), before the division by the sum of `whole` over the batch; `uniform` as is_uniform."""
+    ends), before the division by the sum of `normalizer` over the batch; `uniform` as
+    is_uniform."""
 
-    share_N: Floats
-    whole: float
+    weight_N: Floats
+    normalizer: float
     uniform: bool
 
 
-def shares_of(tree: Tree, config: LearnerConfig) -> Shares:
-    """In one pass over the nodes: paths share most of their steps."""
+def loss_weights_of(tree: Tree, config: LearnerConfig) -> LossWeights:
+    """The tree's loss weights, in one pass over the nodes: paths have most steps in common."""
     depth_N = np.zeros(len(tree), np.int64)
     for node in tree.topological():
         depth_N[node] = depth_N[tree.parents[node]] + len(tree.steps[node].token_ids)
     ends = tree.end_nodes()
-    its = tree_shares(
+    per_token = token_weights(
         depth_N[ends],
         score.trajectory_weights(tree, config.trajectory_weight)[ends],
         tree.trajectories,
         length_norm=config.length_norm,
         constant_tokens=config.max_new_tokens,
     )
-    share_N = np.zeros(len(tree))
-    share_N[ends] = its.share_B
-    return Shares(share_N, its.whole, is_uniform(tree))
+    weight_N = np.zeros(len(tree))
+    weight_N[ends] = per_token.weight_B
+    return LossWeights(weight_N, per_token.normalizer, is_uniform(tree))
 
 
-def trained_trees(
-    trees: Sequence[Tree], config: LearnerConfig, shares: Callable[[Tree], Shares] | None = None
-) -> list[TrainedTree]:
-    """The trees to train on; `shares` may know what shares_of would find.
+def training_trees(
+    trees: Sequence[Tree],
+    config: LearnerConfig,
+    loss_weights: Callable[[Tree], LossWeights] | None = None,
+) -> list[TrainingTree]:
+    """The trees to train on; `loss_weights` may know what loss_weights_of would compute.
 
     Uniform trees are left out if they are to be skipped; with `uniform_in_denominator` they
     still count where the loss is normalised, whatever the normalisation.
     """
-    found = [(tree, shares_of(tree, config) if shares is None else shares(tree)) for tree in trees]
-    kept = [(t, its) for t, its in found if not (config.skip_uniform_trees and its.uniform)]
-    counted = found if config.uniform_in_denominator else kept
-    scale = 1.0 / max(sum(its.whole for _, its in counted), 1.0)
-    firsts = accumulate((len(tree) for tree, _ in kept), initial=0)
+    weights_of = partial(loss_weights_of, config=config) if loss_weights is None else loss_weights
+    weighted = [(tree, weights_of(tree)) for tree in trees]
+    trained_on = [
+        (tree, weights)
+        for tree, weights in weighted
+        if not (config.skip_uniform_trees and weights.uniform)
+    ]
+    counted = weighted if config.uniform_in_denominator else trained_on
+    scale = 1.0 / max(sum(weights.normalizer for _, weights in counted), 1.0)
+    firsts = accumulate((len(tree) for tree, _ in trained_on), initial=0)
     return [
-        TrainedTree(tree, its.share_N, scale, first)
-        for (tree, its), first in zip(kept, firsts, strict=False)
+        TrainingTree(tree, weights.weight_N, scale, first)
+        for (tree, weights), first in zip(trained_on, firsts, strict=False)
     ]

@@ -47,25 +47,25 @@ class OpenPrefix:
 
 
 class Auditor:
-    """A few prefixes at a time, so that rollouts hardly notice."""
+    """Audits a few prefixes at a time, so that rollouts hardly notice."""
 
     def __init__(self, engine: Scorer, open_prefixes: Callable[[], list[OpenPrefix]]) -> None:
-        """`open_prefixes`: of the trees that grow now."""
+        """`open_prefixes`: gives those of the trees that grow now."""
         self._engine, self._open_prefixes = engine, open_prefixes
         self._random = random.Random()
 
     async def audit(self, samples: int) -> CacheAudit:
-        """Up to `samples` prefixes. Raises EngineError or NoReplyError."""
+        """Audits up to `samples` prefixes. Raises EngineError or NoReplyError."""
         prefixes = self._open_prefixes()
         chosen = self._random.sample(prefixes, min(samples, len(prefixes)))
         total = CacheAudit()
         for prefix in chosen:
-            if one := await self._compare(prefix):
-                total = _sum(total, one)
+            if comparison := await self._compare(prefix):
+                total = _sum(total, comparison)
         return total
 
     async def run(self, every_s: float, report: Callable[[CacheAudit], None]) -> None:
-        """One prefix every `every_s` seconds, for ever."""
+        """Audits one prefix every `every_s` seconds, for ever."""
         while True:
             await asyncio.sleep(every_s)
             try:
@@ -74,7 +74,8 @@ class Auditor:
                 _log.warning("cache audit failed: %s", error)
 
     async def _compare(self, prefix: OpenPrefix) -> CacheAudit | None:
-        """None if the weights changed in between: then the two say nothing about the cache."""
+        """Scores the prefix's next token from the cache and afresh. None if the weights changed in
+        between: then the two scores say nothing about the cache."""
         [probe] = await self._engine.trees.probe([prefix.token_ids])
         warm = await self._engine.score(prefix.token_ids, prefix.next_token, tree=prefix.tree)
         cold = await self._engine.score(

@@ -35,7 +35,8 @@ class _Reply(Protocol):
 
 
 class TreeCache:
-    """For one event loop. `send` passes the fields of a message on to every rank, in order.
+    """The trees that are open, and questions about the cache; for one event loop. `send` passes
+    the fields of a message on to every rank, in order.
 
     A tree that nobody closes (this process died) is released after a while: its deadline travels
     in the messages and is moved by `keep_open`.
@@ -70,7 +71,7 @@ class TreeCache:
             self._send(now_s=time.monotonic(), closed=[name])
 
     async def probe(self, prefixes: Sequence[Sequence[int]]) -> list[Probe]:
-        """What of each prefix is cached, on the rank that has most of it. Raises NoReplyError."""
+        """Looks each prefix up, on the rank that has most of it. Raises NoReplyError."""
         replies = await self._ask(probes=[list(prefix) for prefix in prefixes])
         by_prefix = zip(*(reply.probes for reply in replies), strict=True)
         return [
@@ -79,7 +80,7 @@ class TreeCache:
         ]
 
     async def state(self) -> CacheState:
-        """Raises NoReplyError."""
+        """The state of the cache, over all ranks. Raises NoReplyError."""
         replies: list[Any] = await self._ask()
         sums = (
             "open_trees",

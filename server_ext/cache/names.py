@@ -3,6 +3,6 @@
 BACKEND = "ibtree"
 """Name of the radix cache backend in SGLang's registry."""
 FRACTION_VARIABLE = "IBTREE_CACHE_FRACTION"
-"""Environment variable by which the engine's processes learn the share of the KV pool in which
+"""Environment variable by which the engine's processes learn the fraction of the KV pool in which
 open trees are protected."""
 DEFAULT_FRACTION = 0.75

@@ -30,7 +30,7 @@ class TreeAccount:
 
 @dataclass(frozen=True, eq=False)
 class Key:
-    """Token ids (int64) in a namespace of the cache; keys of two namespaces share nothing."""
+    """Token ids (int64) in a namespace of the cache; those of two have nothing in common."""
 
     tokens: array[int]
     namespace: tuple[str | None, ...] = ()
@@ -68,7 +68,7 @@ class _OpenTree:
     known: list[Key] = field(default_factory=list)
     """What the tree ever had cached under the current weights."""
     started: dict[str, int] = field(default_factory=dict)
-    """By request: how many paths were known when it first looked for its prefix."""
+    """How many paths were known when a request first looked for its prefix, by its id."""
     nodes: dict[int, Path] = field(default_factory=dict)
 
 
@@ -85,7 +85,7 @@ class OpenTrees:
         self.evicted_tokens = 0
         """Tokens of open trees that were evicted, ever."""
         self.digest = 0
-        """Of every decision so far: equal on ranks that decided the same."""
+        """Checksum of every decision so far: equal on ranks that decided the same."""
         self._trees: dict[str, _OpenTree] = {}
         self._ends: dict[int, list[Path]] = {}
         self._opened = 0
@@ -97,7 +97,7 @@ class OpenTrees:
 
     @property
     def protected_tokens(self) -> int:
-        """What the open trees hold [tokens]; a prefix that two trees share counts for both."""
+        """What the open trees hold [tokens]; a prefix of two trees counts for both."""
         return sum(tree.protected for tree in self._trees.values())
 
     def open(self, name: str, deadline_s: float) -> None:
@@ -205,8 +205,8 @@ class OpenTrees:
     def _protect(self, tree: _OpenTree, key: Key, node: int) -> None:
         if node in tree.nodes:
             return
-        shared = max((path.key.common(key) for path in tree.nodes.values()), default=0)
-        tree.protected += len(key.tokens) - shared
+        covered = max((path.key.common(key) for path in tree.nodes.values()), default=0)
+        tree.protected += len(key.tokens) - covered
         tree.nodes[node] = path = Path(tree, key)
         self._ends.setdefault(node, []).append(path)
 
@@ -220,7 +220,7 @@ class OpenTrees:
         tree.protected = 0
 
     def _lower_floor(self) -> None:
-        """As many trees as fit into the capacity are protected, the newest first."""
+        """Protects as many trees as fit into the capacity, the newest first."""
         self._floor, room = 0, self.capacity_tokens
         for tree in reversed(self._trees.values()):
             room -= tree.protected

@@ -17,7 +17,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 
 class TreeCacheReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """From the server to every rank: trees opened (or renewed) and closed.
+    """A message from the server to every rank: trees opened (or renewed) and closed.
 
     `now_s` and the deadlines (opened: name → deadline_s) are on the sender's clock [s]: ranks
     never look at one of their own. `probes`: prefixes to look up. `reply`: names the answer;
@@ -32,9 +32,10 @@ class TreeCacheReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 class TreeCacheReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
-    """From each data-parallel rank: the accounts of the trees closed (asked, cached, refilled,
-    protected [tokens]), per probe (tokens cached, of those computed with other weights), and the
-    state of the cache. `ranks_agree`: every tensor-parallel rank took the same decisions."""
+    """The answer of each data-parallel rank: the accounts of the trees closed (asked, cached,
+    refilled, protected [tokens]), per probe (tokens cached, of those computed with other weights),
+    and the state of the cache. `ranks_agree`: every tensor-parallel rank took the same decisions.
+    """
 
     reply: int
     accounts: list[tuple[int, int, int, int]]
@@ -48,7 +49,7 @@ class TreeCacheReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 def register() -> None:
-    """Called by SGLang in every process that may need it."""
+    """Registers the backend; SGLang calls it in every process that may need it."""
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 

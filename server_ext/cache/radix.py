@@ -63,11 +63,11 @@ class IbTreeCache(UnifiedRadixCache):  # type: ignore[misc]
 
     @property
     def weights(self) -> Weights:
-        """Those the scheduler computes with now."""
+        """The weights that the scheduler computes with now."""
         return Weights(get_serving().weight_version, self._updates)
 
     def weights_changed(self) -> None:
-        """After each update of the weights, whatever its label."""
+        """Notes an update of the weights; call it after each, whatever its label."""
         self._updates += 1
         self.trees.forget_paths()
 

@@ -13,7 +13,7 @@ _MEMORY = 0.9
 
 @dataclass(eq=False)
 class Reservation:
-    """What an open tree needs: its prompt, and a share of the most it could generate [tokens]."""
+    """What an open tree needs: its prompt, and a part of the most it could generate [tokens]."""
 
     prompt_tokens: int
     most_tokens: int
@@ -24,22 +24,22 @@ class Reservation:
 class Admission:
     """Trees wait in the order they came, urgent ones first. One is always let in, however large.
 
-    The share of the most that trees really keep is learnt from those that end; until the first
+    The fraction of the most that trees really use is learnt from those that end; until the first
     did, all of it is reserved.
     """
 
     def __init__(self, capacity_tokens: int | None) -> None:
         """None: no limit."""
         self._capacity_tokens = capacity_tokens
-        self._share: float | None = None
+        self._used_fraction: float | None = None
         self._open: set[Reservation] = set()
         self._line: list[Reservation] = []
 
     @asynccontextmanager
-    async def place(
+    async def reserve(
         self, prompt_tokens: int, most_tokens: int, *, urgent: bool = False
     ) -> AsyncIterator[Reservation]:
-        """Waits until the tree fits; call `ended` inside with what it really kept."""
+        """Waits until the tree fits; call `ended` inside with what it really used."""
         reservation = Reservation(prompt_tokens, most_tokens, urgent)
         self._line.append(reservation)
         self._admit()
@@ -54,28 +54,28 @@ class Admission:
             self._admit()
 
     def ended(self, reservation: Reservation, unique_tokens: int) -> None:
-        """The tree kept this many tokens below its prompt, each counted once."""
-        share = unique_tokens / reservation.most_tokens
-        before = share if self._share is None else self._share
-        self._share = _MEMORY * before + (1 - _MEMORY) * share
+        """The tree used this many tokens below its prompt, each counted once."""
+        fraction = unique_tokens / reservation.most_tokens
+        before = fraction if self._used_fraction is None else self._used_fraction
+        self._used_fraction = _MEMORY * before + (1 - _MEMORY) * fraction
         self._admit()
 
     def _admit(self) -> None:
         """Nobody is overtaken for being large, or it might wait for ever."""
         while self._line:
-            first = min(self._line, key=lambda one: not one.urgent)
+            first = min(self._line, key=lambda reservation: not reservation.urgent)
             if not self._fits(first):
                 return
             self._line.remove(first)
             self._open.add(first)
             first.admitted.set()
 
-    def _fits(self, one_more: Reservation) -> bool:
+    def _fits(self, newcomer: Reservation) -> bool:
         if self._capacity_tokens is None or not self._open:
             return True
-        needed = self._tokens(one_more) + sum(map(self._tokens, self._open))
+        needed = self._tokens(newcomer) + sum(map(self._tokens, self._open))
         return needed <= self._capacity_tokens
 
     def _tokens(self, reservation: Reservation) -> float:
-        share = 1.0 if self._share is None else self._share
-        return reservation.prompt_tokens + share * reservation.most_tokens
+        fraction = 1.0 if self._used_fraction is None else self._used_fraction
+        return reservation.prompt_tokens + fraction * reservation.most_tokens

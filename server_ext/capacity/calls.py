@@ -37,22 +37,22 @@ class Pace:
 
 
 class Calls:
-    """Places for interactive trees; a bounded number of calls waits for one."""
+    """Permits for interactive trees; a bounded number of calls waits for one."""
 
     def __init__(self, most_growing: int, most_waiting: int, pace: Pace) -> None:
-        self._places = asyncio.Semaphore(most_growing)
+        self._permits = asyncio.Semaphore(most_growing)
         self._most_waiting, self._pace = most_waiting, pace
         self.growing = self.waiting = 0
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Raises BusyError if too many wait already."""
-        if self._places.locked() and self.waiting >= self._most_waiting:
+    async def permit(self) -> AsyncIterator[None]:
+        """Waits for a permit; the call has it for the block. Raises BusyError if too many wait."""
+        if self._permits.locked() and self.waiting >= self._most_waiting:
             retry_after_s = self._pace.expected_s(1)
             raise BusyError(f"{self.waiting} calls wait for a place already", retry_after_s)
         self.waiting += 1
         try:
-            await self._places.acquire()
+            await self._permits.acquire()
         finally:
             self.waiting -= 1
         self.growing += 1
@@ -60,4 +60,4 @@ class Calls:
             yield
         finally:
             self.growing -= 1
-            self._places.release()
+            self._permits.release()

@@ -23,7 +23,7 @@ class Gate:
         self._open, self._empty = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._empty.set()
-        self._one_update = asyncio.Lock()
+        self._updating = asyncio.Lock()
         self._shut = False
 
     @property
@@ -31,7 +31,7 @@ class Gate:
         return self._shut
 
     def shut(self) -> None:
-        """Inside an update: the gate never opens again."""
+        """The gate never opens again; call it inside an update."""
         self._shut = True
 
     @property
@@ -39,7 +39,7 @@ class Gate:
         return self._open.is_set()
 
     async def opened(self) -> None:
-        """Returns when it is open."""
+        """Returns when the gate is open."""
         while not self._open.is_set():  # another update may close it before this one wakes up
             await self._open.wait()
 
@@ -58,9 +58,9 @@ class Gate:
 
     @asynccontextmanager
     async def update(self, drain_timeout_s: float | None) -> AsyncIterator[None]:
-        """`drain_timeout_s`: None does not wait for the rollouts inside. Raises StillBusy if they
-        do not leave in time."""
-        async with self._one_update:
+        """The gate is closed for the block. `drain_timeout_s`: None does not wait for the rollouts
+        inside. Raises StillBusy if they do not leave in time."""
+        async with self._updating:
             self._open.clear()
             try:
                 try:

@@ -1,4 +1,4 @@
-"""Places for rollouts in the engine, shared between the growing trees."""
+"""Slots for rollouts in the engine, divided between the growing trees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 
 class Slots:
-    """A free place goes to an urgent tree first, then to the tree with the fewest rollouts in
+    """A free slot goes to an urgent tree first, then to the tree with the fewest rollouts in
     flight, then to the one that has waited longest. For one event loop."""
 
     def __init__(self, count: int) -> None:
@@ -20,12 +20,12 @@ class Slots:
 
     @property
     def in_flight(self) -> int:
-        """Rollouts that hold a place now."""
+        """Rollouts that have a slot now."""
         return self._in_flight.total()
 
     @asynccontextmanager
-    async def place(self, tree: str, *, urgent: bool = False) -> AsyncIterator[None]:
-        """Waits until a rollout of the tree has its turn; it holds the place for the block."""
+    async def slot(self, tree: str, *, urgent: bool = False) -> AsyncIterator[None]:
+        """Waits until a rollout of the tree has its turn; it has the slot for the block."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tree, deque()).append(turn)
         if urgent:
@@ -41,7 +41,7 @@ class Slots:
                 self._forget(tree, turn)
 
     def give_up(self, tree: str) -> None:
-        """Cancels those of the tree that still wait."""
+        """Cancels the tree's rollouts that still wait."""
         for turn in self._waiting.pop(tree, ()):
             turn.cancel()
 
@@ -56,7 +56,7 @@ class Slots:
                 turn.set_result(None)
 
     def _forget(self, tree: str, turn: asyncio.Future[None]) -> None:
-        """It waits no more."""
+        """The turn is no longer waited for."""
         line = self._waiting.get(tree, deque())
         if turn in line:
             line.remove(turn)

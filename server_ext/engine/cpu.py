@@ -71,7 +71,7 @@ class _TorchvisionFinder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Puts the stand-ins in place if this process or an ancestor asked for the CPU engine."""
+    """Installs the stand-ins if this process or an ancestor asked for the CPU engine."""
     if os.environ.get(ENGINE_VARIABLE) != "1":
         return
     if not any(isinstance(finder, _KernelFinder) for finder in sys.meta_path):

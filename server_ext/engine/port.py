@@ -32,7 +32,7 @@ class Completion:
     cached_tokens: int
 
     def head(self, length: int) -> Completion:
-        """Its first tokens."""
+        """The completion's first tokens."""
         part = slice(length)
         return replace(
             self,

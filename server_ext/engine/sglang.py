@@ -68,11 +68,11 @@ class SglangEngine:
         self._gate = Gate()
         self._retracted = False
         self._loads, self._trial, self._withdrawn = 0, "", set[str]()
-        """Of the weight labels: how many there were; the one that may still be taken back, if any;
-        those that were."""
+        """Weight labels: how many there were; the one that may still be taken back, if any; those
+        that were."""
         self._waiting: dict[str, asyncio.Task[Any] | None] = {}
         self._names: dict[str, str] = {}
-        """By what SGLang knows the requests that are under way."""
+        """SGLang's names of the requests that are under way, by ours."""
 
     def _tree_cache(self, ranks: int) -> TreeCache:
         """The server's end of the radix backend, on SGLang's own message queue."""
@@ -92,8 +92,8 @@ class SglangEngine:
     async def generate(
         self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
     ) -> Completion:
-        """One request; cancelling the caller aborts it. What weights gave that were taken back is
-        thrown away and generated again. Raises EngineError."""
+        """Generates for one request; cancelling the caller aborts it. What weights gave that were
+        taken back is thrown away and generated again. Raises EngineError."""
         parameters: dict[str, Any] = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -184,9 +184,9 @@ class SglangEngine:
         return _score(out)
 
     async def try_out(self, prefix: Sequence[int], token: int) -> float:
-        """Only inside `paused`: the log-probability of `token` after the prefix, computed afresh at
-        temperature 1 [nats]. Interrupted rollouts go on from here; what they give waits for the
-        end of `paused`, and is thrown away if another `load` comes before. Raises EngineError."""
+        """The log-probability of `token` after the prefix, computed afresh at temperature 1 [nats];
+        only inside `paused`. Interrupted rollouts go on from here; what they give waits for the end
+        of `paused`, and is thrown away if another `load` comes before. Raises EngineError."""
         await self._resume()
         rid = f"try-{uuid.uuid4().hex}"
         out = await self._send(rid, "", prefix, _SCORING, token_ids_logprob=[token], cache_salt=rid)
@@ -233,7 +233,7 @@ class SglangEngine:
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Swaps weights, all or some; only inside `paused`. What the radix cache holds of other
-        weights can not be hit any more (radix.py) and is evicted when its place is needed. A second
+        weights can not be hit any more (radix.py) and is evicted when its room is needed. A second
         call inside one `paused` takes the first one's weights back.
 
         Raises EngineError; the engine may then hold a mix of weights, and a whole version must be

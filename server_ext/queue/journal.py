@@ -26,7 +26,7 @@ from server_ext.errors import ConflictError, QueueFullError, UnknownLeaseError
 
 
 class State(StrEnum):
-    """Where a tree is in its life; drawn in the module's docstring."""
+    """States in a tree's life; drawn in the module's docstring."""
 
     QUEUED = "queued"
     GROWING = "growing"
@@ -75,7 +75,7 @@ class Leased:
 
 
 class Journal:
-    """Use from one thread. Every method is one durable transaction."""
+    """Prompts, trees and leases, for one thread. Every method is one durable transaction."""
 
     def __init__(
         self,
@@ -141,14 +141,14 @@ class Journal:
         return [Queued(*row) for row in rows]
 
     def store(self, id_: str, tree: bytes) -> None:
-        """A grown, graded tree, ready to be leased."""
+        """Stores a grown, graded tree, ready to be leased."""
         with self._transaction():
             self._growing(id_)
             self._db.execute("UPDATE trees SET tree = ? WHERE id = ?", (tree, id_))
             self._move([id_], State.GRADED)
 
     def fail(self, id_: str, reason: str) -> State:
-        """Growing failed: queued again, or dead after too many failures."""
+        """Notes that growing failed: queued again, or dead after too many failures."""
         with self._transaction():
             self._growing(id_)
             self._note(id_, reason)
@@ -160,7 +160,8 @@ class Journal:
         return state
 
     def requeue(self, id_: str) -> None:
-        """Growing was interrupted by no fault of the prompt's; a no-op for a tree just stored."""
+        """Queues a prompt again, whose growing ended by no fault of its own; a no-op for a tree
+        just stored."""
         with self._transaction():
             if self._state(id_) is State.GROWING:
                 self._move([id_], State.QUEUED)
@@ -188,18 +189,18 @@ class Journal:
         return leased
 
     def extend(self, lease_ids: Sequence[str], lease_s: float) -> None:
-        """Raises UnknownLeaseError, with none prolonged, for a lease that is not held."""
+        """Prolongs leases. Raises UnknownLeaseError, with none prolonged, if one is not held."""
         with self._transaction():
-            self._held(lease_ids, State.LEASED)
+            self._ids_of(lease_ids, State.LEASED)
             self._db.executemany(
                 "UPDATE trees SET lease_until = ? WHERE lease_id = ?",
                 [(self._clock() + lease_s, lease_id) for lease_id in lease_ids],
             )
 
     def ack(self, lease_ids: Sequence[str]) -> None:
-        """Done with these trees; again is a no-op. Raises UnknownLeaseError, with none acked."""
+        """Marks trees done; again is a no-op. Raises UnknownLeaseError, with none acked."""
         with self._transaction():
-            ids = self._held(lease_ids, State.LEASED, State.ACKED)
+            ids = self._ids_of(lease_ids, State.LEASED, State.ACKED)
             self._move(ids, State.ACKED)
             self._db.executemany(
                 "UPDATE trees SET prompt = NULL, tree = NULL WHERE id = ?", [(i,) for i in ids]
@@ -208,14 +209,14 @@ class Journal:
     def nack(self, lease_ids: Sequence[str], reason: str) -> None:
         """Gives trees back. Raises UnknownLeaseError, with none given back."""
         with self._transaction():
-            for id_ in self._held(lease_ids, State.LEASED):
+            for id_ in self._ids_of(lease_ids, State.LEASED):
                 self._give_back(id_, reason or "nacked without a reason")
 
     def bury(self, lease_ids: Sequence[str], reason: str) -> None:
-        """Trees of no use to anyone: dead at once, whatever their returns. Raises
+        """Makes trees of no use to anyone dead at once, whatever their returns. Raises
         UnknownLeaseError, with none buried."""
         with self._transaction():
-            for id_ in self._held(lease_ids, State.LEASED):
+            for id_ in self._ids_of(lease_ids, State.LEASED):
                 self._note(id_, reason)
                 self._db.execute(
                     "UPDATE trees SET lease_id = NULL, lease_until = NULL WHERE id = ?", (id_,)
@@ -251,10 +252,10 @@ class Journal:
         return _Transaction(self._db)
 
     def _move(self, ids: Sequence[str], state: State) -> None:
-        """The one place where a tree changes its state."""
+        """The one statement that changes a tree's state."""
         self._db.executemany("UPDATE trees SET state = ? WHERE id = ?", [(state, i) for i in ids])
 
-    def _held(self, lease_ids: Sequence[str], *states: State) -> list[str]:
+    def _ids_of(self, lease_ids: Sequence[str], *states: State) -> list[str]:
         self._expire()
         ids = []
         for lease_id in dict.fromkeys(lease_ids):
@@ -285,8 +286,8 @@ class Journal:
         self._move([id_], State.DEAD if returns > self._max_returns else State.GRADED)
 
     def _note(self, id_: str, reason: str) -> None:
-        kept = [*self.reasons(id_), reason][-20:]
-        self._db.execute("UPDATE trees SET reasons = ? WHERE id = ?", (json.dumps(kept), id_))
+        newest = [*self.reasons(id_), reason][-20:]
+        self._db.execute("UPDATE trees SET reasons = ? WHERE id = ?", (json.dumps(newest), id_))
 
 
 class _Transaction:

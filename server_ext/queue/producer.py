@@ -53,18 +53,18 @@ class Producer:
             self._graded.notify_all()
 
     async def run(self) -> None:
-        """Until cancelled; then the trees that grow are queued again."""
+        """Runs until cancelled; then the trees that grow are queued again."""
         async with asyncio.TaskGroup() as group:
             while True:
                 await self._wake.wait()
-                await self._forest.places.acquire()
+                await self._forest.permits.acquire()
                 self._wake.clear()  # before looking: a prompt that comes now sets it again
                 queued = await self._journal(Journal.take, 1)
                 if queued:
                     self._wake.set()
                     group.create_task(self._grow(queued[0]))
                 else:
-                    self._forest.places.release()
+                    self._forest.permits.release()
 
     async def _grow(self, queued: Queued) -> None:
         try:
@@ -72,7 +72,7 @@ class Producer:
                 job = self._forest.check(self._decode(queued.prompt))
                 tree = await self._forest.grow(job, lambda _: None, queued.submitted_at)
             finally:
-                self._forest.places.release()
+                self._forest.permits.release()
             await self._journal(Journal.store, queued.id, self._encode(tree))
             await self.wake_leasers()
         except asyncio.CancelledError:

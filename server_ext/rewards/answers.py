@@ -10,21 +10,21 @@ _NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.(\d+))?")
 _SHORT = re.compile(r"-?(?:[1-9]\d{0,2}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d{1,6})?")
 _SHORT_CHARACTERS = 16
 _BOX_CHARACTERS = 2_000
-"""Of an answer in a box; what is longer is none."""
+"""Longest answer in a box; what is longer is none."""
 TAIL_CHARACTERS = 20_000
 """How much of a completion is searched, from its end, for an answer without mark and box."""
 
 
 def final_answer(completion: str, marker: str) -> str:
     """The rest of the line after the last `marker`, stripped; empty if there is none."""
-    _, found, rest = completion.rpartition(marker)
-    return rest.strip().split("\n", 1)[0].strip() if found else ""
+    _, mark, rest = completion.rpartition(marker)
+    return rest.strip().split("\n", 1)[0].strip() if mark else ""
 
 
 def boxed_answer(completion: str) -> str:
     """What is in the last \\boxed{}, stripped; empty if there is none or it does not close."""
-    _, found, rest = completion.rpartition(_BOXED)
-    if not found:
+    _, box, rest = completion.rpartition(_BOXED)
+    if not box:
         return ""
     depth = 1
     for at, character in enumerate(rest[:_BOX_CHARACTERS]):
@@ -36,10 +36,10 @@ def boxed_answer(completion: str) -> str:
 
 def last_number(completion: str) -> str:
     """The last number in the completion's tail, or nothing."""
-    found = ""
+    number = ""
     for match in _NUMBER.finditer(completion[-TAIL_CHARACTERS:]):
-        found = match[0]
-    return found
+        number = match[0]
+    return number
 
 
 def canonical(answer: str) -> str:
@@ -56,10 +56,10 @@ def canonical(answer: str) -> str:
     return ("-" if sign == "-" and not zero else "") + whole + (f".{fraction}" if fraction else "")
 
 
-def same_number(one: str, other: str) -> bool | None:
+def same_number(answer: str, other: str) -> bool | None:
     """Whether two numbers are equal, or None if either is not one that is written plainly and
     shortly enough that a double holds it and six decimals tell it (as math-verify compares)."""
-    texts = [one.strip(), other.strip()]
+    texts = [answer.strip(), other.strip()]
     for text in texts:
         if len(text) > _SHORT_CHARACTERS or not (text.isascii() and _SHORT.fullmatch(text)):
             return None

@@ -1,4 +1,4 @@
-"""What a grader is, and those there are."""
+"""Graders: what one is, and those there are, by name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TreeGrader(Protocol):
     """Grades the trajectories of a tree by each other, all of them anew whenever one is added."""
 
     def check(self, answer: str) -> None:
-        """As of a Grader."""
+        """Raises FieldError if a prompt with this reference answer cannot be graded."""
 
     def vote(self, submission: Submission) -> str:
         """What the trajectory says, read once; empty: nothing."""
@@ -52,7 +52,7 @@ class Graders:
         self.named(name).check(answer)
 
 
-def check_given(answer: str, grader: str) -> None:
+def require_answer(answer: str, grader: str) -> None:
     """Raises FieldError if the reference answer that the grader needs is missing."""
     if not answer.strip():
         problem = f"missing, and the grader {grader!r} needs one"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ibtree.messages import Submission
 from server_ext.rewards.answers import final_answer
-from server_ext.rewards.base import check_given
+from server_ext.rewards.base import require_answer
 
 
 class ExactGrader:
@@ -14,7 +14,7 @@ class ExactGrader:
         self._marker = marker
 
     def check(self, answer: str) -> None:
-        check_given(answer, "exact")
+        require_answer(answer, "exact")
 
     async def grade(self, submission: Submission) -> float:
         expected = submission.answer.strip()

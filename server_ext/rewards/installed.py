@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ibtree.messages import Submission
-from server_ext.rewards.base import check_given
+from server_ext.rewards.base import require_answer
 from server_ext.rewards.pool import GradingPool
 
 ENTRY_POINTS = "ibtpo.rewards"
@@ -26,7 +26,7 @@ class InstalledGrader:
 
     def check(self, answer: str) -> None:
         if self._needs_answer:
-            check_given(answer, self._point.name)
+            require_answer(answer, self._point.name)
 
     async def grade(self, submission: Submission) -> float:
         texts = (submission.prompt, submission.completion, submission.answer)
@@ -34,7 +34,8 @@ class InstalledGrader:
 
 
 def installed_graders(pool: GradingPool) -> dict[str, InstalledGrader]:
-    """By name. Raises what importing one raises, TypeError for one that is no function."""
+    """Installed graders by name. Raises what importing one raises, TypeError for one that is no
+    function."""
     return {point.name: InstalledGrader(point, pool) for point in entry_points(group=ENTRY_POINTS)}
 
 
@@ -44,5 +45,5 @@ def call(where: str, prompt: str, completion: str, answer: str) -> float:
 
 @cache
 def _loaded(where: str) -> Any:
-    """In the process; a function itself might not survive the way there."""
+    """The function, loaded in the process: it might not survive the way there."""
     return EntryPoint("", where, ENTRY_POINTS).load()

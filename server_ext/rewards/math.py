@@ -9,7 +9,7 @@ from typing import Any
 from ibtree.errors import FieldError
 from ibtree.messages import Submission
 from server_ext.rewards.answers import TAIL_CHARACTERS, boxed_answer, final_answer, same_number
-from server_ext.rewards.base import check_given
+from server_ext.rewards.base import require_answer
 from server_ext.rewards.pool import GradingPool
 
 _PROSE = re.compile(r"\b[A-Za-z]{3,}")
@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"-?\d+([ ,]\d{3})*(\.\d+)?")
 _MIXED = re.compile(r"([-+]?\d+) (\d+)/(\d+)")
 
 _MOST_CHARACTERS = 2_000
-"""Of a reference answer."""
+"""Longest reference answer."""
 
 
 class MathGrader:
@@ -31,7 +31,7 @@ class MathGrader:
         self._pool, self._marker = pool, marker
 
     def check(self, answer: str) -> None:
-        check_given(answer, "math")
+        require_answer(answer, "math")
         if len(answer) > _MOST_CHARACTERS:
             problem = f"{len(answer)} characters"
             raise FieldError("answer", problem, f"at most {_MOST_CHARACTERS} for the grader 'math'")
@@ -43,14 +43,14 @@ class MathGrader:
         equal = same_number(marked or boxed or completion, answer)
         if equal is not None:
             return float(equal)
-        found = as_formula(marked) if marked else rf"\boxed{{{boxed}}}" if boxed else completion
-        text = found[-TAIL_CHARACTERS:]
+        text = as_formula(marked) if marked else rf"\boxed{{{boxed}}}" if boxed else completion
+        text = text[-TAIL_CHARACTERS:]
         return await self._pool.grade("math", verify_math, text, as_formula(answer))
 
 
 def as_formula(answer: str) -> str:
-    """Bare LaTeX is only read as a whole between dollars; outside, just its last number is.
-    That is what is wanted of prose ("18 dollars"), and of plain numbers ("1 000")."""
+    """The answer between dollars, where bare LaTeX is read as a whole; outside, just its last
+    number is. That is what is wanted of prose ("18 dollars"), and of plain numbers ("1 000")."""
     answer = answer.strip()
     if mixed := _MIXED.fullmatch(answer):
         whole, above, below = mixed.groups()
@@ -70,7 +70,7 @@ def verify_math(text: str, answer: str) -> float:
 
 @lru_cache(maxsize=256)
 def _parsed(text: str) -> Any:
-    """Trajectories of a tree have one reference and few final answers."""
+    """What math-verify reads; trajectories of a tree have one reference and few final answers."""
     from math_verify import parse
 
     return parse(text, parsing_timeout=None)

@@ -69,7 +69,8 @@ def _stop(pool: ProcessPool) -> None:
 
 
 def _load_library() -> None:
-    """Seconds of imports, and of what parsers build at first use, must not count as a grade's."""
+    """Spends the seconds of imports, and of what parsers build at first use: they must not count as
+    a grade's."""
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # warns that its timers are off
@@ -78,8 +79,8 @@ def _load_library() -> None:
 
 
 def _graded(function: Callable[..., float], *arguments: Any) -> Verdict:
-    """In the process. An exception is told in words: some do not survive the way back, and pebble
-    would raise a SystemExit in the server."""
+    """The verdict, in the process. An exception is told in words: some do not survive the way
+    back, and pebble would raise a SystemExit in the server."""
     try:
         reward = float(function(*arguments))
     except BaseException as error:

@@ -7,7 +7,7 @@ import re
 from ibtree.errors import FieldError
 from ibtree.messages import Submission
 from server_ext.rewards.answers import final_answer
-from server_ext.rewards.base import check_given
+from server_ext.rewards.base import require_answer
 from server_ext.rewards.pool import GradingPool
 
 _MOST_CHARACTERS = 1000  # of a pattern: larger ones take long to compile
@@ -23,7 +23,7 @@ class RegexGrader:
         self._pool, self._marker = pool, marker
 
     def check(self, answer: str) -> None:
-        check_given(answer, "regex")
+        require_answer(answer, "regex")
         if len(answer) > _MOST_CHARACTERS:
             raise FieldError("answer", f"a pattern of {len(answer)} characters", _ALLOWED)
         try:
@@ -32,12 +32,12 @@ class RegexGrader:
             raise FieldError("answer", f"no pattern: {error}", _ALLOWED) from error
 
     async def grade(self, submission: Submission) -> float:
-        found = final_answer(submission.completion, self._marker)
-        if not found:
+        final = final_answer(submission.completion, self._marker)
+        if not final:
             return 0.0  # also where the pattern allows nothing
-        return await self._pool.grade("regex", matches, submission.answer.strip(), found)
+        return await self._pool.grade("regex", matches, submission.answer.strip(), final)
 
 
 def matches(pattern: str, text: str) -> float:
-    """Some patterns take for ever on some texts."""
+    """1.0 if the pattern matches the whole text, else 0.0; some take for ever on some texts."""
     return float(re.fullmatch(pattern, text) is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not take some of its calls
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.max_send_message_length", 64 * 1024 * 1024),
     # a caller whose machine is gone would keep what its call holds until the deadline
@@ -23,8 +23,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def keep_message_memory() -> None:
-    """Without it glibc gives the memory of each large message back and faults it in again for the
-    next: weights then come in at half the rate."""
+    """Has glibc keep the memory of large messages: else it gives each one's back and faults it in
+    again for the next, and weights come in at half the rate."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # other C libraries have none
         mallopt(_M_TRIM_THRESHOLD, 64 * 1024 * 1024)

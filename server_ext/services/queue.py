@@ -58,7 +58,7 @@ class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
                 leased = await self._journal(
                     Journal.lease, request.max_trees, lease_s, _MAX_RESPONSE_BYTES
                 )
-                leases = [found for one in leased if (found := await self._readable(one))]
+                leases = [lease for row in leased if (lease := await self._readable(row))]
                 if leased and not leases:
                     continue  # all were unreadable, and are gone: the next ones
                 left_s = until - time.monotonic()
@@ -95,17 +95,17 @@ class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
             named = {state.value: count for state, count in counts.items()}
             return stats_to_proto(QueueStats(**named, interactive=self._interactive()))
 
-    async def _readable(self, one: Leased) -> pb.TreeLease | None:
+    async def _readable(self, leased: Leased) -> pb.TreeLease | None:
         """The lease with its tree; None for bytes that are none, which the journal then buries."""
         try:
-            tree = tree_pb2.Tree.FromString(one.tree)
+            tree = tree_pb2.Tree.FromString(leased.tree)
         except DecodeError as error:
-            reason = f"the journal's {len(one.tree)} bytes are no tree: {error}"
-            _log.error("lease %s: %s", one.lease_id, reason)
+            reason = f"the journal's {len(leased.tree)} bytes are no tree: {error}"
+            _log.error("lease %s: %s", leased.lease_id, reason)
             with suppress(UnknownLeaseError):  # ran out meanwhile: it comes again
-                await self._journal(Journal.bury, [one.lease_id], reason)
+                await self._journal(Journal.bury, [leased.lease_id], reason)
             return None
-        return pb.TreeLease(lease_id=one.lease_id, tree=tree, returns=one.returns)
+        return pb.TreeLease(lease_id=leased.lease_id, tree=tree, returns=leased.returns)
 
     def _lease(self, request: pb.LeaseTreesRequest | pb.ExtendLeaseRequest) -> float:
         if not request.HasField("lease_s"):

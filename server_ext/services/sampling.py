@@ -58,7 +58,7 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
                 events.put_nowait(pb.SampleTreeResponse(expansion=expansion_to_proto(event)))
 
         async def grow() -> Tree:
-            async with self._forest.calls.place():
+            async with self._forest.calls.permit():
                 return await self._forest.grow(job, emit, arrived)
 
         growth = asyncio.create_task(grow())

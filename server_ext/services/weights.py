@@ -24,7 +24,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
 
     def __init__(self, updater: WeightUpdater, shared_dir: Path | None = None) -> None:
         """`shared_dir`: where pushed files may lie instead of being sent; None: nowhere."""
-        self._updater, self._shared = updater, SharedFolder(shared_dir)
+        self._updater, self._shared_folder = updater, SharedFolder(shared_dir)
 
     def add_to(self, server: Any) -> None:
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(self, server)
@@ -38,7 +38,7 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
                 raise FieldError("manifest", "missing", "the stream's first message")
             manifest = manifest_from_proto(first.manifest)
             if first.shared_path:
-                source = self._shared.source(first.shared_path)
+                source = self._shared_folder.source(first.shared_path)
             else:
                 source = _Stream(requests, context).chunks
             outcome = await self._updater.push(manifest, source)
@@ -48,16 +48,16 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         self, request: pb.GetWeightsRequest, context: Any
     ) -> pb.GetWeightsResponse:
         updater = self._updater
-        kept = updater.kept
+        retained = updater.retained
         return pb.GetWeightsResponse(
             version=updater.serving.version,
             digest=updater.serving.digest,
             state=state_to_proto(updater.state),
             model_id=updater.model_id,
             dtype=updater.dtype,
-            age_s=max(time.time() - kept[-1].served_at_s, 0.0) if kept else 0.0,
+            age_s=max(time.time() - retained[-1].served_at_s, 0.0) if retained else 0.0,
             pause_s=updater.pause_s,
-            kept=[kept_to_proto(one) for one in kept],
+            kept=[kept_to_proto(stored) for stored in retained],
         )
 
     async def RollbackWeights(

@@ -1,4 +1,4 @@
-"""Where generated token ids are cut: into reasoning steps, and where a stop string ends them."""
+"""Cuts of generated token ids: into reasoning steps, and where a stop string ends them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence, Set
 from itertools import pairwise
 
 _TOKENS_A_CHARACTER = 4
-"""At most: the bytes of one."""
+"""Most tokens that spell one character: its bytes."""
 
 
 class Segmenter:

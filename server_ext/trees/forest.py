@@ -22,7 +22,7 @@ from server_ext.trees.cuts import Segmenter
 from server_ext.trees.grower import SCHEDULES, Grower
 from server_ext.trees.job import Job
 from server_ext.trees.limits import Limits
-from server_ext.trees.sampler import Means, TreeSampler
+from server_ext.trees.sampler import SamplerParts, TreeSampler
 from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
 
@@ -30,7 +30,7 @@ _MAX_ID_CHARACTERS = 256
 
 
 class Forest:
-    """Grows trees; whoever grows one holds one of the `places`, or one of the `calls`' places."""
+    """Grows trees; whoever grows one holds one of the `permits`, or one that `calls` gave."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class Forest:
         end."""
         self.defaults, self.model_id = defaults, model_id
         self.slots, self.pace = Slots(max_rollouts), Pace()
-        self._means = Means(engine, tokenizer, segmenter, graders, self.slots)
+        self._sampler_parts = SamplerParts(engine, tokenizer, segmenter, graders, self.slots)
         self._engine, self._tokenizer = engine, tokenizer
         self._graders, self._default_grader = graders, default_grader
         self._limits = limits
-        self.places = asyncio.Semaphore(max_open_trees)
+        self.permits = asyncio.Semaphore(max_open_trees)
         self.calls = Calls(max_calls, max_waiting_calls, self.pace)
         self._admission = Admission(cache_tokens)
         self._ended = ended
@@ -79,7 +79,7 @@ class Forest:
         options = self._limits.applied(options)
         self._check_vocabulary("sampling.stop_token_ids", options.sampling.stop_token_ids)
         token_ids = self._token_ids(prompt)
-        # the engine keeps a place for one more token than it is asked to generate
+        # the engine keeps room for one more token than it is asked to generate
         longest = self._engine.context_tokens - options.sampling.max_new_tokens - 1
         if len(token_ids) > longest:
             raise FieldError(
@@ -114,10 +114,10 @@ class Forest:
         return self._tokenizer.decode(token_ids, special=False)
 
     async def grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
-        """Grows the job's tree; hold a place. `submitted_at` is Unix seconds."""
+        """Grows the job's tree; hold a permit. `submitted_at` is Unix seconds."""
         options = job.options
         most_tokens = options.trajectories * options.sampling.max_new_tokens
-        async with self._admission.place(
+        async with self._admission.reserve(
             len(job.token_ids), most_tokens, urgent=job.urgent
         ) as reservation:
             tree = await self._grow(job, emit, submitted_at)
@@ -137,7 +137,7 @@ class Forest:
         tree.ledger.queue_s = max(time.time() - submitted_at, 0.0)
         # a prompt may be grown again after a failure while its old requests still die
         name = f"{job.tree_id}/{uuid.uuid4().hex[:8]}"
-        sampler = TreeSampler(self._means, job, name)
+        sampler = TreeSampler(self._sampler_parts, job, name)
 
         def tell(event: Expansion) -> None:
             if job.include_text:
@@ -159,7 +159,7 @@ class Forest:
         return tree
 
     def open_prefixes(self) -> list[OpenPrefix]:
-        """Of every tree that grows now: the prompt, and each node that has a child."""
+        """Prefixes of every tree that grows now: the prompt, and each node that has a child."""
         return [
             OpenPrefix(name, (*tree.prompt, *tree.prefix(node)), tree.steps[child].token_ids[0])
             for name, tree in self._open.items()

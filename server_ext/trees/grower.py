@@ -40,7 +40,7 @@ class Rollout:
 
 
 class Sampler(Protocol):
-    """Where rollouts and their rewards come from."""
+    """The source of rollouts and of their rewards."""
 
     async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
         """Rollout `number` of the tree, from the end of node `start` to its own end."""
@@ -66,9 +66,9 @@ class Grower:
         self._first = strategy.first(tree.options)
         self._started = 0
         self._in_flight: dict[asyncio.Task[None], int] = {}
-        """Where each began."""
+        """Start nodes of the rollouts, by their tasks."""
         self._first_ends: list[int] = []
-        """Of the first round's rollouts."""
+        """End nodes of the first round's rollouts."""
         self._aborting = False
         self._grades: dict[tuple[int, ...], asyncio.Task[float]] = {}
 
@@ -139,7 +139,7 @@ class Grower:
         self._started += 1
 
     async def _wait(self, until: float | None) -> None:
-        """Until a rollout ended, or the deadline: then all are aborted."""
+        """Waits until a rollout ended, or for the deadline: then all are aborted."""
         timeout_s = None if until is None else max(until - time.monotonic(), 0.0)
         done, _ = await asyncio.wait(
             self._in_flight, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -189,7 +189,7 @@ class Grower:
         )
 
     def _round(self, number: int) -> int:
-        """From 1: the round in which the paper's schedule would start this rollout."""
+        """The round, from 1, in which the paper's schedule would start this rollout."""
         options = self._tree.options
         a_round = options.branch_nodes * options.branch_rollouts
         return 1 if number < self._first else 2 + (number - self._first) // a_round

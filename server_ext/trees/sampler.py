@@ -19,8 +19,8 @@ _WARM_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Means:
-    """What every tree's sampler shares."""
+class SamplerParts:
+    """What every tree's sampler uses."""
 
     engine: Engine
     tokenizer: Tokenizer
@@ -32,11 +32,11 @@ class Means:
 class TreeSampler:
     """The grower's sampler for one tree; request ids are `<name>/<rollout>`."""
 
-    def __init__(self, means: Means, job: Job, name: str) -> None:
-        self._engine, self._slots = means.engine, means.slots
-        self._tokenizer, self._segmenter = means.tokenizer, means.segmenter
+    def __init__(self, parts: SamplerParts, job: Job, name: str) -> None:
+        self._engine, self._slots = parts.engine, parts.slots
+        self._tokenizer, self._segmenter = parts.tokenizer, parts.segmenter
         self._job, self._name = job, name
-        self._judge = Judge(means.graders.named(job.grader), means.tokenizer, job)
+        self._judge = Judge(parts.graders.named(job.grader), parts.tokenizer, job)
         self._in_flight: set[str] = set()
         self._aborted = False
         self._warming: asyncio.Task[None] | None = None
@@ -79,7 +79,7 @@ class TreeSampler:
         self, tree: Tree, number: str, prefix: tuple[int, ...], max_new_tokens: int
     ) -> Completion:
         rid = f"{self._name}/{number}"
-        async with self._slots.place(self._name, urgent=self._job.urgent):
+        async with self._slots.slot(self._name, urgent=self._job.urgent):
             self._in_flight.add(rid)
             try:
                 sampling, token_ids = tree.options.sampling, (*tree.prompt, *prefix)

@@ -86,17 +86,17 @@ class FixedWidth(_Branching):
         ends = sorted(tree.end_nodes(), key=lambda n: tree.born[n])[: options.init_rollouts]
         trunks = [[0, *tree.path(end)] for end in ends]
         depths = -(-(options.trajectories - options.init_rollouts) // len(trunks))
-        places = [
+        fork_nodes = [
             trunk[round(depth / (depths + 1) * (len(trunk) - 1))]
             for depth in range(1, depths + 1)
             for trunk in trunks
         ]
         used = Counter(busy)
-        used.update({node: tree.starts[node] for node in places})
+        used.update({node: tree.starts[node] for node in fork_nodes})
         used[0] -= options.init_rollouts
         chosen: list[int] = []
         for _ in range(count):
-            node = min((n for n in places if n in allowed), key=used.__getitem__, default=0)
+            node = min((n for n in fork_nodes if n in allowed), key=used.__getitem__, default=0)
             used[node] += 1
             chosen.append(node)
         return chosen
@@ -119,7 +119,7 @@ class Entropy(_Branching):
         return [tree.alive(node) for node in chosen]
 
     def _fork(self, tree: Tree, busy: Set[int]) -> tuple[int, int] | None:
-        """The node and place in it of the unused token of highest surprisal."""
+        """The node, and the position in it, of the unused token of highest surprisal."""
         tokens = (
             (logprob, tree.born[node], at, node)
             for node in range(1, len(tree))
@@ -142,8 +142,8 @@ BUILT_IN: dict[str, Strategy] = {
 
 @cache
 def strategies() -> dict[str, Strategy]:
-    """By name; installed packages add theirs under the entry point `ibtpo.strategies`: a class
-    without arguments. Built-in names win."""
+    """Strategies by name; installed packages add theirs under the entry point `ibtpo.strategies`:
+    a class without arguments. Built-in names win."""
     theirs = {point.name: point.load()() for point in entry_points(group=ENTRY_POINTS)}
     return theirs | BUILT_IN
 

@@ -32,7 +32,7 @@ class Tokenizer:
         return tuple(self._tokenizer.encode(text))
 
     def encode_chat(self, chat: Chat) -> tuple[int, ...]:
-        """Through the model's chat template, which also opens the answer. Raises FieldError for a
+        """Ids of the model's chat template, which also opens the answer. Raises FieldError for a
         model without a template, and for what its template rejects."""
         if not self._tokenizer.chat_template:
             problem = "the model has no chat template"

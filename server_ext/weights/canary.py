@@ -28,7 +28,8 @@ def check_sizes(canary: Canary, context_tokens: int) -> None:
 
 
 async def check_canary(engine: Engine, canary: Canary, version: int) -> None:
-    """Inside `engine.paused`, after the load. Raises CanaryError or EngineError."""
+    """Raises CanaryError unless the engine computes what the learner did, or EngineError; call it
+    inside `engine.paused`, after the load."""
     first = len(canary.token_ids) - len(canary.logprobs)
     try:
         async with asyncio.timeout(_DEADLINE_S) as deadline:

@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _THREADS = 2
 _PIECE_BYTES = 2**18
-"""Read and hashed at a time, while it is in the processor's cache."""
+"""Bytes read and hashed at a time, while it is in the processor's cache."""
 
 
 class HostCopy:
-    """One version, changed in place: memory never holds a second one. The store's files give it.
+    """One version's tensors, changed in place: memory never holds a second version.
 
-    A method that raises FieldError may leave it half changed: `version` is then None.
+    A method that raises FieldError may leave them half changed: `version` is then None.
     """
 
     def __init__(self, store: WeightStore, model_dir: Path) -> None:
         self._store, self._model_dir = store, model_dir
         self._values: dict[str, Bits] = {}
         self.specs: dict[str, TensorSpec] = {}
-        """With the digests of the bytes that are here."""
+        """The tensors that are here, with the digests of their bytes."""
         self.version: Serving | None = Serving()
-        """None: it may be a mix."""
+        """The version that is here; None: it may be a mix."""
 
     def receive(self, manifest: WeightManifest) -> None:
         """Makes it the version in the staging file. Raises FieldError unless that is as
@@ -57,7 +57,7 @@ class HostCopy:
         self.version = Serving(manifest.version, manifest.digest)
 
     def load(self, stored: StoredWeights) -> None:
-        """Makes it this version. Raises FieldError if its files are damaged."""
+        """Makes it this version of the store. Raises FieldError if its files are damaged."""
         wanted = Serving(stored.version, stored.digest)
         if self.version == wanted:
             return
@@ -72,46 +72,19 @@ class HostCopy:
         self.version = wanted
 
     def reload_served(self) -> None:
-        """After a rejection; without a host copy deltas are refused until a whole version came."""
+        """Makes it the served version again after a rejection. If that fails, deltas are refused
+        until a whole version came."""
         try:
-            if self._store.kept:
-                self.load(self._store.kept[-1])
+            if self._store.retained:
+                self.load(self._store.retained[-1])
             else:
                 self._clear()
                 self.version = Serving()
         except Exception:
             _log.exception("the served version is not in the host copy any more")
 
-    def specs_of(self, serving: Serving) -> dict[str, TensorSpec]:
-        """What the engine holds for certain while it serves this: the host copy, unless a rejection
-        left that behind."""
-        return dict(self.specs) if self.version == serving else {}
-
-    def changed(self, before: Mapping[str, TensorSpec]) -> list[str]:
-        """What differs from these tensors; at least one tensor, with which the engine takes the
-        version's number."""
-        specs = self.specs
-        changed = [name for name in specs if specs[name] != before.get(name)]
-        return changed or [min(specs, key=lambda name: (len(specs[name].shape), name))]
-
-    def served(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors of the served version, which it holds; the model folder's if none was
-        pushed."""
-        if self._store.kept:
-            yield from self.tensors(self.specs)
-            return
-        from safetensors.torch import load_file  # imports torch: not before it is needed
-
-        for path in sorted(self._model_dir.glob("*.safetensors")):
-            yield from load_file(path).items()
-
-    @property
-    def digest(self) -> bytes:
-        """As WeightManifest.digest; empty if nothing was loaded."""
-        return digest_of(self.specs.values()) if self.specs else b""
-
     def read_files(self, files: Iterable[Path]) -> None:
-        """Holds what a whole file and the deltas on it give."""
+        """Makes it what a whole file and the deltas on it give."""
         whole, *deltas = files
         start, header = read_header(whole)
         self._each(sorted(header), partial(self._read, whole, start, header))
@@ -119,12 +92,60 @@ class HostCopy:
             self.apply_delta(path)
 
     def apply_delta(self, delta: Path) -> None:
-        """Turns what it holds into the next version."""
+        """Makes it what the delta gives on what is here."""
         records = mapped(delta)
         for name in records:
             if name not in self.specs:
                 raise FieldError("weights", f"a delta of {name}, which is not there", "a known one")
         self._each(records, lambda name: self._apply(name, records[name].data))
+
+    @property
+    def digest(self) -> bytes:
+        """WeightManifest.digest of what is here; empty if nothing was loaded."""
+        return digest_of(self.specs.values()) if self.specs else b""
+
+    def specs_of(self, serving: Serving) -> dict[str, TensorSpec]:
+        """Tensors that the engine has for certain while it serves this: those that are here, unless
+        a rejection left another version behind."""
+        return dict(self.specs) if self.version == serving else {}
+
+    def changed(self, before: Mapping[str, TensorSpec]) -> list[str]:
+        """Names of the tensors that differ from those before; at least one, with which the
+        engine takes the version's number."""
+        specs = self.specs
+        changed = [name for name in specs if specs[name] != before.get(name)]
+        return changed or [min(specs, key=lambda name: (len(specs[name].shape), name))]
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """These tensors, without copies: they change with the next version."""
+        import torch  # not before it is needed
+
+        dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+        for name in names:
+            spec = self.specs[name]
+            raw = torch.from_numpy(self._values[name].view(np.uint8))
+            yield name, raw.view(dtypes[spec.dtype]).reshape(spec.shape)
+
+    def served(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors of the served version, which must be here; the model folder's if none was
+        pushed."""
+        if self._store.retained:
+            yield from self.tensors(self.specs)
+            return
+        from safetensors.torch import load_file  # imports torch: not before it is needed
+
+        for path in sorted(self._model_dir.glob("*.safetensors")):
+            yield from load_file(path).items()
+
+    def write(self, path: Path) -> None:
+        """Writes a whole file of what is here."""
+        write_file(
+            path,
+            {
+                name: (spec.dtype, spec.shape, self._values[name].data.cast("B"))
+                for name, spec in sorted(self.specs.items())
+            },
+        )
 
     def _clear(self) -> None:
         self._values, self.specs = {}, {}
@@ -154,23 +175,3 @@ class HostCopy:
         digest = hashlib.sha256()
         apply(self._values[name], records, digest.update)
         return replace(self.specs[name], sha256=digest.digest())
-
-    def write(self, path: Path) -> None:
-        """Writes a whole file of what it holds."""
-        write_file(
-            path,
-            {
-                name: (spec.dtype, spec.shape, self._values[name].data.cast("B"))
-                for name, spec in sorted(self.specs.items())
-            },
-        )
-
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """These tensors, without copies: they change with the next `load` or `add`."""
-        import torch  # not before it is needed
-
-        dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-        for name in names:
-            spec = self.specs[name]
-            raw = torch.from_numpy(self._values[name].view(np.uint8))
-            yield name, raw.view(dtypes[spec.dtype]).reshape(spec.shape)

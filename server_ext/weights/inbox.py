@@ -18,7 +18,7 @@ Source = Callable[[int], AsyncIterator[bytes]]
 
 
 class Inbox:
-    """One push at a time."""
+    """Receives one push at a time."""
 
     def __init__(self, path: Path, spare: Path) -> None:
         """`spare`: a file that may be written over instead of making `path` anew, if it is there
@@ -78,7 +78,7 @@ class Inbox:
         self._size += len(chunk)
 
     def forget(self) -> None:
-        """The file was used, or is no good."""
+        """Removes the file: it was used, or is no good."""
         with suppress(OSError):  # overwritten by the next push then
             self._path.unlink(missing_ok=True)
         self._key, self._size = (), 0

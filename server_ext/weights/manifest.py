@@ -58,21 +58,21 @@ def check_size(manifest: WeightManifest) -> None:
 def check_file(path: Path, manifest: WeightManifest) -> None:
     """Raises FieldError unless the file holds the announced tensors, by name, dtype and shape; of a
     delta any of them, as records."""
-    found = {name: tensor.spec for name, tensor in mapped(path).items()}
+    in_file = {name: tensor.spec for name, tensor in mapped(path).items()}
     whole = manifest.base_version is None
     for announced in manifest.tensors:
-        spec = found.pop(announced.name, None)
+        spec = in_file.pop(announced.name, None)
         if spec is None and whole:
             raise FieldError("weights", f"{announced.name} is not in the file", "as announced")
         expected = (announced.dtype, announced.shape) if whole else ("U8", spec and spec.shape)
         if spec and (spec.dtype, spec.shape) != expected:
             raise FieldError("weights", f"wrong dtype or shape of {announced.name}", "as announced")
-    for name in found:
+    for name in in_file:
         raise FieldError("weights", f"the file holds {name}, not announced", "as announced")
 
 
-def check_digests(held: Mapping[str, TensorSpec], manifest: WeightManifest) -> None:
+def check_digests(specs: Mapping[str, TensorSpec], manifest: WeightManifest) -> None:
     """Raises FieldError unless these are the announced tensors to the bit."""
     for announced in manifest.tensors:
-        if held[announced.name] != announced:
+        if specs[announced.name] != announced:
             raise FieldError("weights", f"wrong digest of {announced.name}", "as announced")

@@ -52,13 +52,13 @@ class WeightStore:
 
         Raises FieldError if the list of versions is damaged.
         """
-        self._dir, self._model_id, self._keep = directory, model_id, keep
+        self._dir, self._model_id, self._most_retained = directory, model_id, keep
         self._dir.mkdir(parents=True, exist_ok=True)
         self.staging = self._dir / "staging.part"
         self.staging.unlink(missing_ok=True)
         self.spare = self._dir / "spare.part"
         self._pointer = self._dir / "serving.json"
-        self.kept = self._read()
+        self.retained = self._read()
         """Oldest first, the last one serves; empty if nothing did, or another model did."""
 
     def _read(self) -> tuple[StoredWeights, ...]:
@@ -66,16 +66,18 @@ class WeightStore:
             return ()
         try:
             content = json.loads(self._pointer.read_text())
-            kept = tuple(_entry(**one) for one in content["kept"])
+            retained = tuple(_entry(**entry) for entry in content["kept"])
             other_model = content["model_id"] != self._model_id
         except (ValueError, TypeError, KeyError) as error:
             problem = f"{self._pointer} is damaged ({error!r})"
             raise FieldError("data_dir", problem, "remove it to start from the model") from error
-        return () if other_model else kept
+        return () if other_model else retained
 
     def serving(self) -> Serving:
         """What served last."""
-        return Serving(self.kept[-1].version, self.kept[-1].digest) if self.kept else Serving()
+        if not self.retained:
+            return Serving()
+        return Serving(self.retained[-1].version, self.retained[-1].digest)
 
     def files(self, version: StoredWeights) -> list[Path]:
         """The whole file and the deltas that give it, in order."""
@@ -83,7 +85,7 @@ class WeightStore:
 
     def takes_delta(self) -> bool:
         """Whether a delta may be kept as it is; if not, its result has to be."""
-        return bool(self.kept) and len(self.kept[-1].files) < _LONGEST_CHAIN
+        return bool(self.retained) and len(self.retained[-1].files) < _LONGEST_CHAIN
 
     def sync_staging(self) -> None:
         with self.staging.open("rb") as file:
@@ -95,38 +97,38 @@ class WeightStore:
         name = f"{version}{_DELTA if delta else _WHOLE}"
         self.staging.rename(self._dir / name)
         self._sync()
-        return (*self.kept[-1].files, name) if delta else (name,)
+        return (*self.retained[-1].files, name) if delta else (name,)
 
     def serve(self, version: StoredWeights) -> None:
         """Makes a version the served one, durably."""
-        self._point_at((*self.kept, version)[-self._keep :])
+        self._point_at((*self.retained, version)[-self._most_retained :])
 
     def drop(self) -> None:
         """Removes the files that no kept version needs, but for one whole one, the spare. Takes
         long for large ones."""
-        needed = {name for one in self.kept for name in one.files}
+        needed = {name for version in self.retained for name in version.files}
         for path in self._dir.glob("*.safetensors"):
             if path.name.partition(".")[0].isdecimal() and path.name not in needed:
                 with suppress(OSError):  # what cannot be dropped now is dropped the next time
                     if path.name.endswith(_DELTA) or path.is_symlink() or path.stat().st_nlink > 1:
-                        path.unlink()  # a backup may share the file: it must not be written over
+                        path.unlink()  # a backup may link to it: it must not be written over
                     else:
                         path.replace(self.spare)
 
-    def put_back(self, kept: tuple[StoredWeights, ...]) -> None:
-        """Undoes a `serve` that failed half-way: `kept` as it was before."""
-        if self.kept != kept:
-            self._point_at(kept)
+    def put_back(self, retained: tuple[StoredWeights, ...]) -> None:
+        """Undoes a `serve` that failed half-way: `retained` as it was before."""
+        if self.retained != retained:
+            self._point_at(retained)
 
-    def _point_at(self, kept: tuple[StoredWeights, ...]) -> None:
+    def _point_at(self, retained: tuple[StoredWeights, ...]) -> None:
         fresh = self._pointer.with_suffix(".new")
-        entries = [asdict(one) | {"digest": one.digest.hex()} for one in kept]
+        entries = [asdict(version) | {"digest": version.digest.hex()} for version in retained]
         with fresh.open("w") as file:
             json.dump({"model_id": self._model_id, "kept": entries}, file)
             file.flush()
             os.fsync(file.fileno())
         fresh.rename(self._pointer)
-        self.kept = kept
+        self.retained = retained
         self._sync()
 
     def _sync(self) -> None:

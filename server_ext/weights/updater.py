@@ -79,14 +79,14 @@ class WeightUpdater:
         return self._engine.dtype
 
     @property
-    def kept(self) -> tuple[StoredWeights, ...]:
+    def retained(self) -> tuple[StoredWeights, ...]:
         """Versions that can be gone back to, oldest first; the last one serves."""
-        return self._store.kept
+        return self._store.retained
 
     async def restore(self) -> None:
         """Serves the version that served before a restart. Raises FieldError if it is damaged."""
-        if self._store.kept:
-            await asyncio.to_thread(self._host.load, self._store.kept[-1])
+        if self._store.retained:
+            await asyncio.to_thread(self._host.load, self._store.retained[-1])
             async with self._engine.paused():
                 await self._engine.load(self._host.served(), self._store.serving().version)
             self.serving = self._store.serving()
@@ -131,8 +131,8 @@ class WeightUpdater:
         return RollbackOutcome(version, target.version, target.digest, pause_s)
 
     async def _to_the_end(self, version: int, work: Coroutine[Any, Any, float]) -> float:
-        """From here the version goes its way, whether the caller waits or not: half a version must
-        not stay in the engine, nor the next push meet this one's file."""
+        """Lets the version go its way, whether the caller waits or not: half a version must not
+        stay in the engine, nor the next push meet this one's file."""
 
         async def whole() -> float:
             try:
@@ -156,7 +156,7 @@ class WeightUpdater:
         return await asyncio.shield(finishing)
 
     async def _take(self, manifest: WeightManifest) -> float:
-        """From received to applied; returns the pause [s]."""
+        """Takes a version from received to applied; returns the pause [s]."""
         before = self._host.specs_of(self.serving)
         try:
             # the disk writes while the processor hashes; neither may go on after the other failed
@@ -176,7 +176,7 @@ class WeightUpdater:
             self._inbox.forget()
 
     async def _go_back(self, target: StoredWeights, version: int) -> float:
-        """From announced to applied; returns the pause [s]."""
+        """Takes a rollback from announced to applied; returns the pause [s]."""
         before = self._host.specs_of(self.serving)
         stored = replace(target, version=version, restored_version=target.version)
         try:
@@ -190,7 +190,7 @@ class WeightUpdater:
             raise
 
     def _enter(self, state: WeightState, version: int) -> None:
-        """The one place where a version changes its state."""
+        """The one statement that changes a version's state."""
         _log.info("weight version %s: %s", version, state)
         self.state = state
 
@@ -204,10 +204,10 @@ class WeightUpdater:
         check_version(manifest, self.serving)
         check_tensors(manifest, self._specs, self.dtype)
         if manifest.base_version is not None:
-            base, held = Serving(manifest.base_version, manifest.base_digest), self._host.version
-            if not base.digest or not base == self.serving == held:
-                held = held if held and held.digest else None
-                has = f"version {held.version} ({held.digest.hex()[:12]}…)" if held else "none"
+            base, ours = Serving(manifest.base_version, manifest.base_digest), self._host.version
+            if not base.digest or not base == self.serving == ours:
+                known = ours if ours and ours.digest else None
+                has = f"version {known.version} ({known.digest.hex()[:12]}…)" if known else "none"
                 raise PreconditionError(
                     f"base_version: the delta builds on version {base.version} "
                     f"({base.digest.hex()[:12]}…), this server holds {has}; push a whole version"
@@ -230,9 +230,9 @@ class WeightUpdater:
     async def _apply(
         self, stored: StoredWeights, changed: Iterable[str], canary: Canary | None
     ) -> float:
-        """No rollout begins from the first tensor until the version serves or the old one is
-        back."""
-        before = self._store.kept
+        """Loads and serves the version; no rollout begins from the first tensor until it serves or
+        the old one is back. Returns the pause [s]."""
+        before = self._store.retained
         async with self._engine.paused():
             begin = time.monotonic()
             try:
@@ -250,13 +250,13 @@ class WeightUpdater:
             self.pause_s = time.monotonic() - begin
         return self.pause_s
 
-    async def _put_back(self, kept: tuple[StoredWeights, ...]) -> None:
-        """The engine may hold a mix: loads the served version whole."""
+    async def _put_back(self, retained: tuple[StoredWeights, ...]) -> None:
+        """Loads the served version whole: the engine may hold a mix."""
         _log.info("putting weight version %s back", self.serving.version)
         try:
-            await asyncio.to_thread(self._store.put_back, kept)
-            if kept:
-                await asyncio.to_thread(self._host.load, kept[-1])
+            await asyncio.to_thread(self._store.put_back, retained)
+            if retained:
+                await asyncio.to_thread(self._host.load, retained[-1])
             async with asyncio.timeout(_PUT_BACK_S):
                 await self._engine.load(self._host.served(), self.serving.version)
         except Exception as error:
@@ -265,11 +265,11 @@ class WeightUpdater:
 
     def _target(self, version: int | None) -> StoredWeights:
         """What to roll back to. Raises PreconditionError."""
-        kept = self._store.kept
-        others = [one for one in kept if one.digest != self.serving.digest]
-        wanted = [one for one in others if version in (None, one.version)]
+        retained = self._store.retained
+        others = [stored for stored in retained if stored.digest != self.serving.digest]
+        wanted = [stored for stored in others if version in (None, stored.version)]
         if not wanted:
-            numbers = ", ".join(str(one.version) for one in others) or "none"
+            numbers = ", ".join(str(stored.version) for stored in others) or "none"
             which = "no version" if version is None else f"no other version {version}"
             raise PreconditionError(f"to_version: {which} is kept; those that differ: {numbers}")
         return wanted[-1]

@@ -107,7 +107,7 @@ class RecordedForest:
     `rewards` gives the served weight version."""
 
     def __init__(self, recording: list[Tree], seed: int, served: Callable[[], int]) -> None:
-        self.places = asyncio.Semaphore(4)
+        self.permits = asyncio.Semaphore(4)
         self._recording, self._rng, self._served = recording, random.Random(seed), served
         self.rewards: dict[int, float] = {}
 
@@ -124,7 +124,7 @@ class RecordedForest:
 
 
 class RecordedSampling(sampling_pb2_grpc.TreeSamplingServiceServicer):
-    """In the place of server_ext.services.sampling.SamplingService, whose checks need an engine."""
+    """Stands for server_ext.services.sampling.SamplingService, whose checks need an engine."""
 
     def __init__(self, forest: RecordedForest, journal: JournalThread, producer: Producer) -> None:
         self._forest, self._journal, self._producer = forest, journal, producer
@@ -282,8 +282,8 @@ class Learner:
     def start(
         self, *more: str, ranks: int = 0, largest_file: int = resource.RLIM_INFINITY
     ) -> subprocess.Popen[bytes]:
-        """With `ranks`, torchrun and as many learners. `largest_file` [bytes] is a limit of the
-        operating system, like a disk that is full."""
+        """Starts it; with `ranks`, torchrun and as many learners. `largest_file` [bytes] is a limit
+        of the operating system, like a disk that is full."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         line = [sys.executable, "-c", _LIMITED, str(largest_file), *self._arguments, *more]
         line = [*torchrun(ranks), "--no-python", *line] if ranks else line
@@ -291,7 +291,7 @@ class Learner:
             return subprocess.Popen(line, stdout=file, stderr=file, env=environment, cwd=ROOT)
 
     def run_here(self, *more: str) -> str:
-        """To the end in this process, which is faster; its last words, empty if all went well."""
+        """Runs to the end in this process, which is faster; its last words, empty if none."""
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with pytest.MonkeyPatch.context() as patch:
@@ -305,7 +305,7 @@ class Learner:
         return ""
 
     def run(self, *, largest_file: int = resource.RLIM_INFINITY) -> SimpleNamespace:
-        """To the end: its exit code and what it has said so far."""
+        """Runs to the end: its exit code and what it has said so far."""
         process = self.start(largest_file=largest_file)
         try:
             code = process.wait(240)

@@ -12,7 +12,7 @@ from ibtree.tree import Finish, Tree
 from learner.io.canary import canary_of
 from learner.train.model import load_policy
 from learner.train.trainer import Trainer
-from learner.tree.probe import prepare
+from learner.tree.probe import enable_packed_attention
 from tests.ibtree.tree.growing import step_of
 from tests.learner.recorded import Learner, RecordedServer, record, write_model
 from tests.learner.tiny import CPU
@@ -31,7 +31,7 @@ def site(tmp_path: Path, model: Path):
         yield site
 
 
-def learner(site: RecordedServer, model: Path, *options: str) -> Learner:
+def new_learner(site: RecordedServer, model: Path, *options: str) -> Learner:
     common = (f"--prompts-per-step={PER_STEP}", "--kl-weight=0", "--lr=1e-3", "--steps=3")
     return Learner(site, model, *common, *options)
 
@@ -59,7 +59,7 @@ def test_a_step_waits_for_the_push_only_where_it_wants_its_trees(
     monkeypatch.setattr(Trainer, "step", noted)
     if not waits:
         site._loop.call_soon_threadsafe(engine.half_way.clear)
-    assert learner(site, model, *options).run_here() == ""
+    assert new_learner(site, model, *options).run_here() == ""
     assert len(seen) == 3 and seen[0] == []
     assert seen[1] == ([1] if waits else [])
     assert engine.updates == [1, 2, 3] == engine.tried[::8], "each was tried out and serves"
@@ -68,13 +68,13 @@ def test_a_step_waits_for_the_push_only_where_it_wants_its_trees(
 def test_a_server_that_computes_something_else_stops_the_run(site, model):
     engine = site.updater._engine
     engine.off = 1.5
-    said = learner(site, model).run_here()
+    said = new_learner(site, model).run_here()
     assert "FAILED_PRECONDITION: canary: version 1 gives token" in said
     assert site.updater.serving.version == 0 and engine.updates == [1, 0]
-    assert learner(site, model, "--canary-tolerance=2").run_here() == ""
+    assert new_learner(site, model, "--canary-tolerance=2").run_here() == ""
     assert site.updater.serving.version == 3 and engine.tried[-1] == 3
     count = len(engine.tried)
-    assert learner(site, model, "--canary-tolerance=0", "--steps=4").run_here() == ""
+    assert new_learner(site, model, "--canary-tolerance=0", "--steps=4").run_here() == ""
     assert site.updater.serving.version == 4 and len(engine.tried) == count
 
 
@@ -88,7 +88,7 @@ def test_a_canary_is_what_the_whole_model_gives(model, packed, length):
         ids = torch.tensor([[1, 2, 3, *range(4, 4 + length)]])
         logp = torch.log_softmax(policy(input_ids=ids).logits[0], -1)
     if packed:
-        prepare(policy)
+        enable_packed_attention(policy)
     canary = canary_of(policy, tree, 0.5)
     scored = min(length, 8)
     assert canary.token_ids == tuple(ids[0, : 3 + scored].tolist()) and canary.tolerance == 0.5
@@ -97,8 +97,8 @@ def test_a_canary_is_what_the_whole_model_gives(model, packed, length):
 
 
 def test_the_pause_of_a_push_is_in_the_next_steps_row(site, model):
-    one = learner(site, model, "--max-staleness=0")
-    assert one.run_here() == ""
-    lines = map(json.loads, (one.out_dir / "metrics.jsonl").read_text().splitlines())
+    learner = new_learner(site, model, "--max-staleness=0")
+    assert learner.run_here() == ""
+    lines = map(json.loads, (learner.out_dir / "metrics.jsonl").read_text().splitlines())
     pauses = [row["pause_s"] for row in lines if row["kind"] == "step"]
     assert pauses[0] == 0.0 and all(pause > 0 for pause in pauses[1:])

@@ -74,8 +74,8 @@ def test_killed_and_straight_are_the_same_run(tmp_path: Path) -> None:
             assert beside.wait(240) == 0, straight.log.read_text()
         finally:
             beside.kill()
-        for one in (quiet, server):
-            states = one.trees()
+        for site in (quiet, server):
+            states = site.trees()
             done = {f"{RUN_ID}/{n}" for n in range(STEPS * PER_STEP)}
             assert {id_ for id_, state in states.items() if state == "acked"} == done
             assert set(states.values()) <= {"acked", "graded", "growing", "queued"}

@@ -17,7 +17,7 @@ from ibtree.tree.options import TreeOptions
 from learner.config import LearnerConfig
 from learner.train.model import mend_torchvision
 from learner.tree.rows import Row, tree_rows
-from learner.tree.training import trained_trees
+from learner.tree.training import training_trees
 from tests.ibtree.tree.growing import Pair, find, step_of
 from tests.reference import slow_loss
 from tests.reference.slow_loss import Policy, Setting, Tokens
@@ -43,14 +43,14 @@ def config(**changes: Any) -> LearnerConfig:
 
 def rows_of(trees: Sequence[Tree], config: LearnerConfig) -> list[Row]:
     """The rows of a batch of trees, in their order."""
-    return [row for tree in trained_trees(trees, config) for row in tree_rows(tree, config)]
+    return [row for tree in training_trees(trees, config) for row in tree_rows(tree, config)]
 
 
 def settings_of(config: LearnerConfig, zero_value_ratio: float = 0.0) -> Setting:
     """The reference's options with the values of `config`."""
-    shared = set(Setting.__dataclass_fields__) & set(LearnerConfig.model_fields)
+    common = set(Setting.__dataclass_fields__) & set(LearnerConfig.model_fields)
     return Setting(
-        zero_value_ratio=zero_value_ratio, **{name: getattr(config, name) for name in shared}
+        zero_value_ratio=zero_value_ratio, **{name: getattr(config, name) for name in common}
     )
 
 
@@ -59,8 +59,8 @@ def causal_lm(kind: str = "Qwen2", *, seed: int = 0, tied: bool = True, **change
     import transformers
 
     torch.manual_seed(seed)
-    given = {**_SHAPE, **changes}
-    shape = getattr(transformers, f"{kind}Config")(**given, tie_word_embeddings=tied)
+    settings = {**_SHAPE, **changes}
+    shape = getattr(transformers, f"{kind}Config")(**settings, tie_word_embeddings=tied)
     model = getattr(transformers, f"{kind}ForCausalLM")(shape).eval()
     with torch.no_grad():
         for weight in model.parameters():

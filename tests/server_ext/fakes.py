@@ -119,7 +119,7 @@ class FakeEngine:
         self.tried: list[int] = []
         """The version of each trial."""
         self._spans: dict[str, list[tuple[float, int]]] = {}
-        """Of the rollouts in flight: (share of the tokens before these, updates before them)."""
+        """Spans of the rollouts in flight: (share of the tokens before each, updates before it)."""
         self._trial, self._withdrawn = False, set[int]()
         self._gate = Gate()
         self._drain_timeout_s = drain_timeout_s if switch == "drain" else None
@@ -136,7 +136,7 @@ class FakeEngine:
                 spans = self._spans[rid] = [(0.0, len(self.updates))]
                 self.requests.append(rid)
                 try:
-                    await self._held(aborted)
+                    await self._may_go_on(aborted)
                     text = self.write(token_ids, int(number) if number != "prompt" else -1)
                 finally:
                     del self.running[rid], self._spans[rid]
@@ -152,13 +152,13 @@ class FakeEngine:
         versions = tuple((0, *self.updates)[update] for update in made_by)
         return Completion(out, logprobs, versions, finish, len(token_ids), len(token_ids) // 2)
 
-    async def _held(self, aborted: asyncio.Event) -> None:
+    async def _may_go_on(self, aborted: asyncio.Event) -> None:
         waits = {asyncio.ensure_future(event.wait()) for event in (self.go_on, aborted)}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in waits:
-                one.cancel()
+            for wait in waits:
+                wait.cancel()
 
     async def score(
         self, prefix: Sequence[int], token: int, *, tree: str = "", cold: bool = False
@@ -176,7 +176,7 @@ class FakeEngine:
         return self.logprob(prefix, token)
 
     def logprob(self, prefix: Sequence[int], token: int) -> float:
-        """Of the weights it holds."""
+        """A log-probability that the loaded weights decide."""
         total = sum(float(tensor.float().sum()) for tensor in self.weights.values())
         return -(abs(total + len(prefix) + token / 7) % 5.0)
 

@@ -119,5 +119,5 @@ class Site:
         accepted, known = await self.client.submit_prompts([prompt("And the queue?", "still")])
         assert accepted + known == 1
         leased = await self.client.lease_trees(1, wait_s=10)
-        assert [one.tree.tree_id for one in leased] == ["still"]
+        assert [lease.tree.tree_id for lease in leased] == ["still"]
         await self.client.nack_trees([leased[0].lease_id], "only looking")

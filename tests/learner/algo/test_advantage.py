@@ -43,11 +43,11 @@ def test_advantages_match_the_definitions(plan, picks, levels, ratio, options):
     tree_options = TreeOptions(zero_value_ratio=ratio)
     pair = Pair(levels, distinct=not picks, options=tree_options).grow(plan).split_some(picks)
     chosen = config(**options)
-    found, setting = tree_advantages(pair.fast, chosen), settings_of(chosen, ratio)
-    assert found.dtype == torch.float64
+    advantages, setting = tree_advantages(pair.fast, chosen), settings_of(chosen, ratio)
+    assert advantages.dtype == torch.float64
     for n in alive_nodes(pair.fast):
         want = slow_loss.advantage(pair.slow, path_of(pair.fast, n), setting)
-        assert math.isclose(found[n], want, rel_tol=1e-9, abs_tol=1e-9)
+        assert math.isclose(advantages[n], want, rel_tol=1e-9, abs_tol=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -65,8 +65,8 @@ def test_a_row_carries_its_steps_token_for_token(plan, picks):
         assert row.token_ids == tuple(t for ids in path for t in ids)
         assert row.prompt == (7, 8)
         weight = pair.slow.trajectory_weight(path, "visits")
-        assert math.isclose(row.share, weight / len(row.token_ids), rel_tol=1e-12)
-        assert row.shared == sum(len(node[-1]) for node in nodes if node in seen)
+        assert math.isclose(row.weight, weight / len(row.token_ids), rel_tol=1e-12)
+        assert row.repeated == sum(len(node[-1]) for node in nodes if node in seen)
         seen.update(nodes)
         assert row.logprobs == tuple(lp for s in steps for lp in s.logprobs)
         assert row.versions == tuple(v for s in steps for v in s.versions)
@@ -81,13 +81,13 @@ def test_by_hand():
     tree.insert(0, [step_of((1, 2), -0.5)], 1.0, Finish.STOP)
     tree.insert(0, [step_of((3,), -1.0), step_of((4,), -2.0)], 1.0, Finish.STOP)
     tree.insert(2, [step_of((5,), -3.0)], 0.0, Finish.STOP)
-    found = tree_advantages(tree, config(beta=5.0, local_weight=0.1)).tolist()
+    advantages = tree_advantages(tree, config(beta=5.0, local_weight=0.1)).tolist()
     std = math.sqrt(2) / 3
     group = [0.0, (1 - 2 / 3) / std, (1 / 2 - 2 / 3) / std, (1 - 2 / 3) / std, (0 - 2 / 3) / std]
     gain = [0.0, 1.5 - 1.2, 0.75 - 1.2, 2.0 - 1.2, 0.0 - 1.2]
     sure = [1.0, math.exp(-0.5), math.exp(-1), math.exp(-2), math.exp(-3)]
     want = [g + 0.1 * i * c for g, i, c in zip(group, gain, sure, strict=True)]
-    assert found == pytest.approx(want, abs=1e-12)
+    assert advantages == pytest.approx(want, abs=1e-12)
 
 
 @pytest.mark.parametrize("std", SPREADS)
@@ -102,8 +102,8 @@ def test_equal_rewards_leave_only_the_local_term(std):
 @pytest.mark.parametrize("std", SPREADS)
 def test_one_trajectory_has_no_spread(std):
     assert reward_std(torch.tensor([1.0]), std) == 0.0
-    found = tree_advantages(flat_tree([((1, 2), 1.0)]), config(std=std, local_weight=0.0))
-    assert found.tolist() == [0.0, 0.0]
+    advantages = tree_advantages(flat_tree([((1, 2), 1.0)]), config(std=std, local_weight=0.0))
+    assert advantages.tolist() == [0.0, 0.0]
 
 
 def test_local_scale_step_divides_the_local_term_by_the_steps_tokens():
@@ -122,14 +122,14 @@ def test_twins_count_in_the_spread_and_in_the_weight_but_not_in_the_advantage():
     assert (first.advantages[0], second.advantages[0]) == pytest.approx(
         ((1 - 2 / 3) / std, (0 - 2 / 3) / std)
     )
-    assert (first.share, second.share) == pytest.approx((2 / 3, 1 / 3))
+    assert (first.weight, second.weight) == pytest.approx((2 / 3, 1 / 3))
 
 
 def test_the_root_has_no_advantage_and_the_arguments_are_left_alone():
-    given_ = [torch.tensor([0.5, 1.0], dtype=torch.float64) for _ in range(3)]
-    found = step_advantages(*given_, torch.tensor([1.0, 0.0]), local_weight=0.1)
-    assert found.tolist() == pytest.approx([0.0, 1.1])
-    assert all(x.tolist() == [0.5, 1.0] for x in given_)
+    arguments = [torch.tensor([0.5, 1.0], dtype=torch.float64) for _ in range(3)]
+    advantages = step_advantages(*arguments, torch.tensor([1.0, 0.0]), local_weight=0.1)
+    assert advantages.tolist() == pytest.approx([0.0, 1.1])
+    assert all(x.tolist() == [0.5, 1.0] for x in arguments)
 
 
 def _all_alike(reward: float) -> Tree:

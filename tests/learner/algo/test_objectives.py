@@ -11,7 +11,7 @@ import torch
 
 from learner.algo.objectives import (
     token_objective,
-    tree_shares,
+    token_weights,
     truncated_importance,
     weighted_loss,
 )
@@ -82,13 +82,13 @@ def fast_loss(
         if in_trainer
         else None,
     )
-    weight = doubles([[row.share] * len(row.token_ids) for row in rows])
+    weight = doubles([[row.weight] * len(row.token_ids) for row in rows])
     loss = weighted_loss(objective, weight, chosen.kl_weight)
     loss.backward()
     slopes: dict[tuple[int, ...], float] = {}
     for row, slope in zip(rows, logp.grad.tolist(), strict=True):
-        for sofar, found in zip(contexts(row), slope, strict=False):
-            slopes[sofar] = slopes.get(sofar, 0.0) + found
+        for sofar, part in zip(contexts(row), slope, strict=False):
+            slopes[sofar] = slopes.get(sofar, 0.0) + part
     return float(loss.detach()), slopes
 
 
@@ -142,12 +142,12 @@ def test_uniform_trees_stay_in_the_denominator_of_every_normalisation(length_nor
 def test_each_side_is_clipped_at_its_own_bound(ratio, advantage, term, slope):
     logp = torch.tensor([[math.log(ratio) - 2.0]], dtype=torch.float64, requires_grad=True)
     old, a = torch.full_like(logp, -2.0).detach(), torch.full_like(logp, advantage).detach()
-    found = token_objective(logp, old, a, clip_low=0.1, clip_high=0.28)
-    found.surrogate.sum().backward()
-    assert found.surrogate.item() == pytest.approx(term)
+    objective = token_objective(logp, old, a, clip_low=0.1, clip_high=0.28)
+    objective.surrogate.sum().backward()
+    assert objective.surrogate.item() == pytest.approx(term)
     assert float(logp.grad) == pytest.approx(slope)
-    assert bool(found.clipped) == (advantage != 0 and slope == 0)
-    assert float(found.kl) == 0.0
+    assert bool(objective.clipped) == (advantage != 0 and slope == 0)
+    assert float(objective.kl) == 0.0
 
 
 def test_importance_weights_are_capped_and_carry_no_gradient():
@@ -174,9 +174,9 @@ def test_what_the_normalisations_add_up_to():
         ("token", [2 / tokens, 1 / tokens, 1 / tokens]),
         ("constant", [2 / 40, 1 / 40, 1 / 40]),
     ]:
-        found = [tree_shares(*tree, length_norm=how, constant_tokens=10) for tree in trees]
-        whole = sum(one.whole for one in found)
-        shares = [share / whole for one in found for share in one.share_B.tolist()]
-        assert shares == pytest.approx(want)
+        per_tree = [token_weights(*tree, length_norm=how, constant_tokens=10) for tree in trees]
+        normalizer = sum(weights.normalizer for weights in per_tree)
+        per_token = np.concatenate([weights.weight_B for weights in per_tree]) / normalizer
+        assert per_token.tolist() == pytest.approx(want)
     with pytest.raises(ValueError, match="length_norm"):
-        tree_shares(*trees[0], length_norm="mean")
+        token_weights(*trees[0], length_norm="mean")

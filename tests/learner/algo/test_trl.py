@@ -30,7 +30,7 @@ GROUP = 5
 def draw_rollouts(seed: int, rewards: list[float], twins: bool) -> list[Rollout]:
     """GROUP trajectories a prompt, of 1 to 9 tokens; with `twins` the first two are alike."""
     rng = random.Random(seed)
-    found = []
+    rollouts = []
     for prompt in PROMPTS:
         group = [
             Rollout(
@@ -41,27 +41,27 @@ def draw_rollouts(seed: int, rewards: list[float], twins: bool) -> list[Rollout]
             )
             for _ in range(GROUP)
         ]
-        found += [group[0], *group[:-1]] if twins else group
-    return found
+        rollouts += [group[0], *group[:-1]] if twins else group
+    return rollouts
 
 
 def with_old(
     rollouts: list[Rollout], model: Any, temperature: float, noise: float
 ) -> list[Rollout]:
     """Recorded log-probabilities: the policy's, moved by a function of the tokens."""
-    found = []
-    for one in rollouts:
-        ids = torch.tensor([[*one.prompt, *one.ids]])
+    recorded = []
+    for rollout in rollouts:
+        ids = torch.tensor([[*rollout.prompt, *rollout.ids]])
         with torch.no_grad():
-            start = torch.tensor([len(one.prompt)])
+            start = torch.tensor([len(rollout.prompt)])
             logp = token_logprobs(
-                model, ids, torch.ones_like(ids), start, len(one.ids), temperature=temperature
+                model, ids, torch.ones_like(ids), start, len(rollout.ids), temperature=temperature
             )[0]
-        rng = random.Random(str(one.ids))
-        found.append(
-            one._replace(old_logp=tuple(float(x) + noise * rng.uniform(-1, 1) for x in logp))
+        rng = random.Random(str(rollout.ids))
+        recorded.append(
+            rollout._replace(old_logp=tuple(float(x) + noise * rng.uniform(-1, 1) for x in logp))
         )
-    return found
+    return recorded
 
 
 def trees_of(rollouts: list[Rollout]) -> list[Tree]:
@@ -69,10 +69,10 @@ def trees_of(rollouts: list[Rollout]) -> list[Tree]:
     trees = []
     for prompt in PROMPTS:
         tree = Tree(prompt=prompt, options=TreeOptions(strategy="independent"))
-        for one in rollouts:
-            if one.prompt == prompt:
-                step = Step(one.ids, one.old_logp, (0,) * len(one.ids))
-                tree.insert(0, [step], one.reward, Finish.STOP)
+        for rollout in rollouts:
+            if rollout.prompt == prompt:
+                step = Step(rollout.ids, rollout.old_logp, (0,) * len(rollout.ids))
+                tree.insert(0, [step], rollout.reward, Finish.STOP)
         trees.append(tree)
     return trees
 
@@ -130,11 +130,11 @@ def test_advantages_loss_and_gradient_are_those_of_trl(
     rows, figures, gradient = ours(rollouts, model, reference if beta else None, chosen)
 
     advantages = {(row.prompt, row.token_ids): row.advantages for row in rows}
-    assert len(rows) == len({(one.prompt, one.ids) for one in rollouts})
+    assert len(rows) == len({(rollout.prompt, rollout.ids) for rollout in rollouts})
     worst = 0.0
-    for one, advantage in zip(rollouts, want.advantages, strict=True):
-        for found in advantages[one.prompt, one.ids]:
-            worst = max(worst, abs(found - advantage))
+    for rollout, advantage in zip(rollouts, want.advantages, strict=True):
+        for own_advantage in advantages[rollout.prompt, rollout.ids]:
+            worst = max(worst, abs(own_advantage - advantage))
     assert worst < 1e-6
     assert abs(figures.loss - want.loss) < 1e-6
     relative = (gradient - want.gradient).norm() / want.gradient.norm().clamp(min=1e-9)

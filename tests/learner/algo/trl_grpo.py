@@ -44,10 +44,10 @@ def grpo(
     model.config._name_or_path = model.name_or_path = str(folder / "reference")
     words = Tokenizer(WordLevel({f"t{i}": i for i in range(40)}, unk_token="t0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1")
-    texts = [{"prompt": " ".join(f"t{i}" for i in one.prompt)} for one in rollouts]
+    texts = [{"prompt": " ".join(f"t{i}" for i in rollout.prompt)} for rollout in rollouts]
     trainer = GRPOTrainer(
         model,
-        lambda completion_ids, **_: [one.reward for one in rollouts],
+        lambda completion_ids, **_: [rollout.reward for rollout in rollouts],
         GRPOConfig(
             str(folder / "trl"),
             loss_type="grpo",
@@ -64,8 +64,8 @@ def grpo(
         train_dataset=Dataset.from_list(texts[::group]),
         processing_class=tokenizer,
         rollout_func=lambda prompts, _: {
-            "prompt_ids": [list(one.prompt) for one in rollouts],
-            "completion_ids": [list(one.ids) for one in rollouts],
+            "prompt_ids": [list(rollout.prompt) for rollout in rollouts],
+            "completion_ids": [list(rollout.ids) for rollout in rollouts],
             "logprobs": None,
         },
     )
@@ -73,8 +73,8 @@ def grpo(
     trainer.current_gradient_accumulation_steps = 1
     inputs = trainer._generate_and_score_completions(texts)
     old = torch.zeros(inputs["completion_ids"].shape)
-    for b, one in enumerate(rollouts):
-        old[b, : len(one.ids)] = torch.tensor(one.old_logp)
+    for b, rollout in enumerate(rollouts):
+        old[b, : len(rollout.ids)] = torch.tensor(rollout.old_logp)
     loss = trainer._compute_loss(model, inputs | {"old_per_token_logps": old})
     loss.backward()
     metrics = trainer._metrics["train"]

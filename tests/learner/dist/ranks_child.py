@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ibtree.tree import Tree
-from learner.dist.commands import Order
+from learner.dist.commands import Command
 from learner.dist.process_group import ALONE, Ranks, joined
 from learner.dist.fsdp import whole
 from learner.dist.state import read_shards, weights_of, write_shards
@@ -29,7 +29,7 @@ from tests.learner.tiny import CPU, causal_lm, config
 
 TIMEOUT_S = 12
 LONG_S = 1000
-"""Gradients are gathered between orders here, where rank 0 must not say that it is there."""
+"""Gradients are gathered between commands here, where rank 0 must not say that it is there."""
 TREES = [tree_of(shape) for shape in SHAPES if shape[0] < 20]
 CASES: dict[str, dict[str, Any]] = {
     "several passes": {"micro_batch_tokens": 150},
@@ -46,20 +46,20 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def new_trainer(ranks: Ranks, options: dict[str, Any]) -> Trainer:
-    given = {"lr": 1e-4, "kl_weight": 0.05, "temperature": 0.7, "grad_clip": 1e9, **options}
+    settings = {"lr": 1e-4, "kl_weight": 0.05, "temperature": 0.7, "grad_clip": 1e9, **options}
     policy, reference = (causal_lm("Qwen3", seed=seed) for seed in (1, 2))
-    return Trainer(policy, reference if given["kl_weight"] else None, config(**given), CPU, ranks)
+    return Trainer(policy, reference if settings["kl_weight"] else None, config(**settings), CPU, ranks)
 
 
 def stepped(
-    trainer: Trainer, trees: list[Tree], orders: Iterator[Order] | None
+    trainer: Trainer, trees: list[Tree], commands: Iterator[Command] | None
 ) -> tuple[StepFigures, dict[str, Tensor]]:
-    """Figures of a step, and the gradient that it leaves. Ranks that follow give `orders`."""
-    if orders is None:
+    """Figures of a step, and the gradient that it leaves. Ranks that follow give `commands`."""
+    if commands is None:
         figures = trainer.step(deepcopy(trees), version=1)
     else:
-        order = next(orders)
-        figures = trainer.step(order.trees, **order.facts)
+        command = next(commands)
+        figures = trainer.step(command.trees, **command.facts)
     slopes = {name: whole(w.grad) for name, w in trainer.policy.named_parameters()}
     return figures, {name: slope.clone() for name, slope in slopes.items()}
 
@@ -68,19 +68,19 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
-def compare(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+def compare(ranks: Ranks, commands: Iterator[Command] | None) -> None:
     for name, options in CASES.items():
         alone, spread = new_trainer(ALONE, options), new_trainer(ranks, options)
         for trees in (TREES, TREES[2:3]):  # then fewer than ranks
             want, slope = stepped(alone, trees, None)
-            found, other = stepped(spread, trees, orders)
-            assert found.means() == pytest.approx(want.means(), rel=1e-4, nan_ok=True), name
-            assert want.loss != 0 and want.tokens > 0 and found.updates == want.updates
-            assert (flat(other) - flat(slope)).norm() < 1e-4 * flat(slope).norm(), name
+            figures, own_slope = stepped(spread, trees, commands)
+            assert figures.means() == pytest.approx(want.means(), rel=1e-4, nan_ok=True), name
+            assert want.loss != 0 and want.tokens > 0 and figures.updates == want.updates
+            assert (flat(own_slope) - flat(slope)).norm() < 1e-4 * flat(slope).norm(), name
         print("same step:", name)
 
 
-def skips_together(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+def skips_together(ranks: Ranks, commands: Iterator[Command] | None) -> None:
     """A gradient that is not finite on one rank alone leaves the weights on all."""
     spread = new_trainer(ranks, {"kl_weight": 0.0})
     before = [whole(w).clone() for w in spread.policy.parameters()]
@@ -89,20 +89,20 @@ def skips_together(ranks: Ranks, orders: Iterator[Order] | None) -> None:
         type(step)(step.token_ids, (-1e4,) * len(step.token_ids), step.versions)
         for step in bad.steps[1:]
     ]
-    figures, _ = stepped(spread, [TREES[2], bad, TREES[4]], orders)
+    figures, _ = stepped(spread, [TREES[2], bad, TREES[4]], commands)
     assert figures.bad and not figures.updates and not math.isfinite(figures.grad_norm)
     after = [whole(w) for w in spread.policy.parameters()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     print("skipped together")
 
 
-def computes_in_bfloat16(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+def computes_in_bfloat16(ranks: Ranks, commands: Iterator[Command] | None) -> None:
     """The passes are in bfloat16; weights, gradients and what the optimiser keeps are not."""
     exact, _ = stepped(new_trainer(ALONE, {}), TREES, None)
     spread = new_trainer(ranks, {"compute_dtype": "bfloat16"})
     seen: set[torch.dtype] = set()
     spread.policy.model.layers[0].mlp.register_forward_hook(lambda *a: seen.add(a[2].dtype))
-    figures, slopes = stepped(spread, TREES, orders)
+    figures, slopes = stepped(spread, TREES, commands)
     assert seen == {torch.bfloat16}
     assert figures.loss != exact.loss and figures.loss == pytest.approx(exact.loss, rel=0.2)
     weights = [whole(w) for w in spread.policy.parameters()]
@@ -111,41 +111,41 @@ def computes_in_bfloat16(ranks: Ranks, orders: Iterator[Order] | None) -> None:
     print("computed in bfloat16")
 
 
-def gathers(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+def gathers(ranks: Ranks, commands: Iterator[Command] | None) -> None:
     """Published weights are whole, on rank 0."""
     alone, spread = new_trainer(ALONE, {}), new_trainer(ranks, {})
-    if orders is not None:
-        assert next(orders).name == "weights"
-    found, want = weights_of(spread.policy, ranks), weights_of(alone.policy, ALONE)
-    assert found.keys() == (want.keys() if ranks.leads else set())
-    assert all(torch.equal(found[name], want[name]) for name in found)
+    if commands is not None:
+        assert next(commands).name == "weights"
+    gathered, want = weights_of(spread.policy, ranks), weights_of(alone.policy, ALONE)
+    assert gathered.keys() == (want.keys() if ranks.leads else set())
+    assert all(torch.equal(gathered[name], want[name]) for name in gathered)
     print("gathered")
 
 
 def call_shards(
-    call: Callable[..., None], trainer: Trainer, ranks: Ranks, orders: Iterator[Order] | None
+    call: Callable[..., None], trainer: Trainer, ranks: Ranks, commands: Iterator[Command] | None
 ) -> None:
     """Writes or reads the checkpoint in the folder that the command line names."""
-    folder = Path(sys.argv[1]) if orders is None else Path(next(orders).facts["folder"])
+    folder = Path(sys.argv[1]) if commands is None else Path(next(commands).facts["folder"])
     call(folder, trainer.policy, trainer.optimizer, ranks)
 
 
-def restores(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+def restores(ranks: Ranks, commands: Iterator[Command] | None) -> None:
     """A checkpoint brings back each rank's part and generator. One that a single rank can not write
     fails on all of them, and they go on together."""
     torch.manual_seed(ranks.rank)
     spread, fresh = new_trainer(ranks, {}), new_trainer(ranks, {})
-    stepped(spread, TREES, orders)
+    stepped(spread, TREES, commands)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft if ranks.leads else 1000, hard))
     with pytest.raises(OSError, match="File too large"):
-        call_shards(write_shards, spread, ranks, orders)
+        call_shards(write_shards, spread, ranks, commands)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    call_shards(write_shards, spread, ranks, orders)
+    call_shards(write_shards, spread, ranks, commands)
     drawn = torch.rand(3)
-    call_shards(read_shards, fresh, ranks, orders)
+    call_shards(read_shards, fresh, ranks, commands)
     assert torch.equal(torch.rand(3), drawn)
-    states = [list(one.optimizer.state.values()) for one in (spread, fresh)]
+    states = [list(trainer.optimizer.state.values()) for trainer in (spread, fresh)]
     for mine, theirs in zip(*states, strict=True):
         assert all(torch.equal(whole(mine[name]), whole(theirs[name])) for name in mine)
     for mine, theirs in zip(spread.policy.parameters(), fresh.policy.parameters(), strict=True):
@@ -153,11 +153,11 @@ def restores(ranks: Ranks, orders: Iterator[Order] | None) -> None:
     print("restored")
 
 
-def waits_quietly(ranks: Ranks, orders: Iterator[Order] | None) -> None:
+def waits_quietly(ranks: Ranks, commands: Iterator[Command] | None) -> None:
     """Rank 0 may call later than the others' timeout."""
     if ranks.leads:
         threading.Event().wait(2 * TIMEOUT_S)
-    gathers(ranks, orders)
+    gathers(ranks, commands)
 
 
 def main() -> None:
@@ -166,10 +166,10 @@ def main() -> None:
     options = config(device="cpu", rank_timeout_s=TIMEOUT_S if quiet else LONG_S)
     checks = (compare, skips_together, computes_in_bfloat16, gathers, restores)
     with joined(options) as ranks:
-        orders = None if ranks.leads else ranks.orders()
+        commands = None if ranks.leads else ranks.commands()
         for check in (waits_quietly,) if quiet else checks:
-            check(ranks, orders)
-        assert orders is None or next(orders, None) is None
+            check(ranks, commands)
+        assert commands is None or next(commands, None) is None
 
 
 if __name__ == "__main__":

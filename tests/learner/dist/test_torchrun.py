@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from learner.config import LearnerConfig
 from learner.dist.balance import balanced
-from learner.dist.commands import Order
+from learner.dist.commands import Command
 from learner.dist.process_group import joined
 from tests.learner.dist.ranks_child import CASES
 from tests.learner.recorded import (
@@ -50,8 +50,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-def rows(one: Learner) -> list[dict[str, Any]]:
-    lines = (one.out_dir / "metrics.jsonl").read_text().splitlines()
+def rows(learner: Learner) -> list[dict[str, Any]]:
+    lines = (learner.out_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -59,12 +59,12 @@ def rank_of(process: subprocess.Popen[bytes], rank: int) -> int:
     """The process id of a rank that this torchrun started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     wanted = f"RANK={rank}".encode()
-    (found,) = [
+    (process_id,) = [
         int(child)
         for child in children
         if wanted in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
     ]
-    return found
+    return process_id
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:
@@ -125,13 +125,13 @@ def test_two_ranks_one_of_them_killed_then_two_and_then_one_are_the_run_of_one(t
         assert {"__0_0.distcp", "__1_0.distcp"} < {path.name for path in newest.iterdir()}
         assert spread.run_here("--steps=12") == ""
         assert acked(server) == acked(quiet) == upto(12)
-    want, found = rows(straight), rows(spread)
-    assert [row["step"] for row in found] == [*range(1, 13)] == [row["step"] for row in want]
-    assert {0, 1, 2, 3} == {row["trained_trees"] for row in want}
+    straight_rows, spread_rows = rows(straight), rows(spread)
+    assert [row["step"] for row in spread_rows] == [*range(1, 13)] == [row["step"] for row in straight_rows]
+    assert {0, 1, 2, 3} == {row["trained_trees"] for row in straight_rows}
     for name in ("loss", "kl", "clip_share", "grad_norm", "trained_trees", "updates", "tokens"):
-        curve = [row[name] for row in found]
-        assert curve == pytest.approx([row[name] for row in want], abs=1e-4, rel=1e-4), name
-    ours, theirs = (load_file(one.out_dir / "last/model.safetensors") for one in (spread, straight))
+        curve = [row[name] for row in spread_rows]
+        assert curve == pytest.approx([row[name] for row in straight_rows], abs=1e-4, rel=1e-4), name
+    ours, theirs = (load_file(learner.out_dir / "last/model.safetensors") for learner in (spread, straight))
     start = load_file(model / "model.safetensors")
     for name, tensor in theirs.items():
         moved = (tensor - start[name]).norm()
@@ -147,30 +147,30 @@ def test_two_ranks_step_skip_gather_and_restore_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [3, 3, 3], [9, 1, 8, 2, 7, 3], [100, 1, 1, 1]], ids=str)
-@pytest.mark.parametrize("shares", [1, 2, 3])
-def test_shares_hold_everything_once_and_are_about_equal(sizes, shares):
-    found = balanced(sizes, shares)
-    assert len(found) == shares and found == [sorted(share) for share in found]
-    assert sorted(i for share in found for i in share) == [*range(len(sizes))]
-    most = max(sum(sizes[i] for i in share) for share in found)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_hold_everything_once_and_are_about_equal(sizes, count):
+    parts = balanced(sizes, count)
+    assert len(parts) == count and parts == [sorted(part) for part in parts]
+    assert sorted(i for part in parts for i in part) == [*range(len(sizes))]
+    most = max(sum(sizes[i] for i in part) for part in parts)
     best = min(
         max(
             sum(size for size, at in zip(sizes, where, strict=True) if at == s)
-            for s in range(shares)
+            for s in range(count)
         )
-        for where in product(range(shares), repeat=len(sizes))
+        for where in product(range(count), repeat=len(sizes))
     )
     assert most <= 4 / 3 * best
 
 
-def test_an_order_arrives_as_it_was_given():
+def test_a_command_arrives_as_it_was_sent():
     trees = [tree_of(shape) for shape in SHAPES[:3]]
-    order = Order.of(Order("step", {"version": 3, "updates": 2**40}, trees).parts())
-    assert (order.name, order.facts) == ("step", {"version": 3, "updates": 2**40})
-    for tree, found in zip(trees, order.trees, strict=True):
-        found.validate()
-        assert (found.prompt, found.unique_tokens) == (tree.prompt, tree.unique_tokens)
-        assert sorted(found.rewards()) == sorted(tree.rewards())
+    command = Command.of(Command("step", {"version": 3, "updates": 2**40}, trees).parts())
+    assert (command.name, command.facts) == ("step", {"version": 3, "updates": 2**40})
+    for tree, received in zip(trees, command.trees, strict=True):
+        received.validate()
+        assert (received.prompt, received.unique_tokens) == (tree.prompt, tree.unique_tokens)
+        assert sorted(received.rewards()) == sorted(tree.rewards())
 
 
 def test_mixed_precision_takes_torchrun():
@@ -185,17 +185,17 @@ def test_mixed_precision_takes_torchrun():
 def test_a_signal_to_torchrun_ends_all_ranks_after_the_step(tmp_path, model):
     recording = record(model, 40 * PER_STEP, PER_STEP, seed=5)
     with RecordedServer(tmp_path, model, recording) as server:
-        one = Learner(server, model, *OPTIONS, "--checkpoint-every-steps=100")
-        process = one.start("--steps=30", ranks=2)
+        learner = Learner(server, model, *OPTIONS, "--checkpoint-every-steps=100")
+        process = learner.start("--steps=30", ranks=2)
         server.after_calls(25, 0.0, process.terminate)
         assert ended(process) != 0  # torchrun's own, whatever its ranks return
-        done = len(rows(one))
+        done = len(rows(learner))
         assert 0 < done < 30
-        (folder,) = (one.out_dir / "checkpoints").iterdir()
+        (folder,) = (learner.out_dir / "checkpoints").iterdir()
         assert folder.name == f"step-{done:08d}"
         assert acked(server) == upto(done) and "leased" not in server.trees().values()
-        assert (one.out_dir / "last" / "config.json").is_file()
-        assert "ibtpo-learner:" not in one.log.read_text()
+        assert (learner.out_dir / "last" / "config.json").is_file()
+        assert "ibtpo-learner:" not in learner.log.read_text()
 
 
 @SOAK
@@ -206,14 +206,14 @@ def test_a_signal_to_torchrun_ends_all_ranks_after_the_step(tmp_path, model):
 def test_a_full_disk_ends_all_ranks_with_one_message(tmp_path, model, limit_bytes, what):
     recording = record(model, 10 * PER_STEP, PER_STEP, seed=5)
     with RecordedServer(tmp_path, model, recording) as server:
-        one = Learner(server, model, *OPTIONS)
-        assert one.run_here("--steps=2") == ""
-        assert ended(one.start("--steps=4", ranks=2, largest_file=limit_bytes)) == 1
-        said = [s for s in one.log.read_text().splitlines() if s.startswith("ibtpo-learner:")]
+        learner = Learner(server, model, *OPTIONS)
+        assert learner.run_here("--steps=2") == ""
+        assert ended(learner.start("--steps=4", ranks=2, largest_file=limit_bytes)) == 1
+        said = [s for s in learner.log.read_text().splitlines() if s.startswith("ibtpo-learner:")]
         assert len(said) == 1 and "could not be written" in said[0] and what in said[0]
-        folders = sorted(path.name for path in (one.out_dir / "checkpoints").iterdir())
+        folders = sorted(path.name for path in (learner.out_dir / "checkpoints").iterdir())
         assert folders == ["step-00000001", "step-00000002"]
-        assert one.run_here("--steps=4") == ""
+        assert learner.run_here("--steps=4") == ""
         assert acked(server) == upto(4)
 
 
@@ -228,8 +228,8 @@ def test_rank_0_may_be_quiet_for_longer_than_the_timeout():
 def test_a_rank_that_stalls_ends_the_run_after_the_timeout(tmp_path, model):
     recording = record(model, 40 * PER_STEP, PER_STEP, seed=5)
     with RecordedServer(tmp_path, model, recording) as server:
-        one = Learner(server, model, *OPTIONS, "--rank-timeout-s=12")
-        process = one.start("--steps=30", ranks=2)
+        learner = Learner(server, model, *OPTIONS, "--rank-timeout-s=12")
+        process = learner.start("--steps=30", ranks=2)
         server.after_calls(25, 0.0, lambda: os.kill(rank_of(process, 1), signal.SIGSTOP))
         assert ended(process) == 1
-        assert "rank 0 of 2: " in one.log.read_text()
+        assert "rank 0 of 2: " in learner.log.read_text()

@@ -41,7 +41,7 @@ class Queue:
 
     def _check(self, method: str, lease_ids: list[str] | None = None) -> None:
         code = self.fail.get(method)
-        if lease_ids and any(one not in self.leases for one in lease_ids):
+        if lease_ids and any(lease not in self.leases for lease in lease_ids):
             code = grpc.StatusCode.NOT_FOUND
         if code:
             raise RpcFailed(method, "here", code, "told to")
@@ -61,14 +61,14 @@ class Queue:
         assert wait and max_trees > 0
         if not self.graded:
             self.sleep(wait_s)
-        found = []
-        while self.graded and len(found) < max_trees:
+        leases = []
+        while self.graded and len(leases) < max_trees:
             tree, lease = self.graded.pop(0), f"lease-{next(self._ids)}"
             self.leases[lease] = (tree, self.now + lease_s)
             rollouts = [((1,), 1.0), ((2,), 0.0)]
             problem = self.problems.get(tree, "")
-            found.append(TreeLease(lease, flat_tree(rollouts, tree_id=tree), 0, problem))
-        return found
+            leases.append(TreeLease(lease, flat_tree(rollouts, tree_id=tree), 0, problem))
+        return leases
 
     def extend_lease(self, lease_ids, *, lease_s):
         self._check("ExtendLease", lease_ids)

@@ -131,8 +131,8 @@ def test_a_kill_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch, 
     trainer, fresh = new_trainer(1), new_trainer(2)
     advance(trainer, range(1))
     Checkpoints(tmp_path, 1).save(trainer.policy, trainer.optimizer, TrainState(step=1))
-    kept = new_trainer(1)
-    Checkpoints(tmp_path, 1).load(kept.policy, kept.optimizer)
+    saved = new_trainer(1)
+    Checkpoints(tmp_path, 1).load(saved.policy, saved.optimizer)
     advance(trainer, range(1, 2))
 
     rename = Path.rename
@@ -155,7 +155,7 @@ def test_a_kill_while_saving_keeps_the_checkpoint_before(tmp_path, monkeypatch, 
     again = Checkpoints(tmp_path, 1)
     assert names(tmp_path) == ["step-00000001"]
     assert again.load(fresh.policy, fresh.optimizer).step == 1
-    assert same(kept, fresh)
+    assert same(saved, fresh)
     again.save(trainer.policy, trainer.optimizer, TrainState(step=2))
     assert again.load(fresh.policy, fresh.optimizer).step == 2
 
@@ -183,13 +183,13 @@ def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_counts(tmp_path, 
         harm(tmp_path / damaged / name)
     state = Checkpoints(tmp_path, 3).load(fresh.policy, fresh.optimizer)
     assert state == TrainState(step=1) and same(fresh, want)
-    kept = ["step-00000001", "step-00000002.damaged", "step-00000003.damaged"]
-    assert names(tmp_path) == kept
+    folders = ["step-00000001", "step-00000002.damaged", "step-00000003.damaged"]
+    assert names(tmp_path) == folders
     assert caplog.text.count("is damaged") == 2 and "step-00000003" in caplog.text
     again = Checkpoints(tmp_path, 1)
     assert again.load(trainer.policy, trainer.optimizer) == state
     again.save(trainer.policy, trainer.optimizer, TrainState(step=2))
-    assert names(tmp_path) == ["step-00000002", *kept[1:]]
+    assert names(tmp_path) == ["step-00000002", *folders[1:]]
 
 
 def test_a_checkpoint_damaged_again_is_kept_beside_the_first(tmp_path):

@@ -31,7 +31,7 @@ def write(exports: Exports, name: str, number: int) -> None:
     exports.write(name, TrainState(version=number, version_digest=f"{number:064}"))
 
 
-def held(folder: Path) -> dict[str, float]:
+def exported(folder: Path) -> dict[str, float]:
     """The weight in each exported name."""
     return {
         path.name: float(load_file(path / "model.safetensors")["a"][0])
@@ -55,7 +55,7 @@ def test_a_folder_holds_the_models_files_and_these_weights(exports, tmp_path):
 def test_names_are_replaced_and_what_no_name_needs_goes(exports, tmp_path):
     for name, number in [("best", 1), ("last", 1), ("last", 2), ("best", 3), ("last", 4)]:
         write(exports, name, number)
-    assert held(tmp_path) == {"best": 3.0, "last": 4.0}
+    assert exported(tmp_path) == {"best": 3.0, "last": 4.0}
     assert len(list((tmp_path / "exports").iterdir())) == 2
     shutil.copytree(tmp_path / "best", tmp_path / "copy")  # a plain folder, wherever it goes
     assert not (tmp_path / "copy").is_symlink()
@@ -73,7 +73,7 @@ def test_an_export_that_fails_leaves_the_one_before(exports, tmp_path, monkeypat
     with monkeypatch.context() as patch, pytest.raises(WriteError, match="weights for best"):
         patch.setattr(what, full)
         write(exports, "best", 2)
-    assert held(tmp_path) == {"best": 1.0}
+    assert exported(tmp_path) == {"best": 1.0}
     write(exports, "best", 2)
-    assert held(tmp_path) == {"best": 2.0}
+    assert exported(tmp_path) == {"best": 2.0}
     assert [path.name[:2] for path in (tmp_path / "exports").iterdir()] == ["2-"]

@@ -13,7 +13,7 @@ from ibtree.messages import TreeLease
 from ibtree.tree.options import options_from
 from learner.errors import QueueDry
 from learner.io.checkpoint import TrainState
-from learner.io.leases import Intake
+from learner.io.leases import TreeLeases
 from learner.io.prompts import PromptStream
 from tests.learner.io.fake_queue import Queue
 from tests.learner.tiny import config
@@ -23,48 +23,48 @@ QUESTIONS = [Question(f"q{i}", str(i)) for i in range(6)]
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """A function from a queue, a state and options to an Intake on the queue's clock."""
+    """A function from a queue, a state and options to TreeLeases on the queue's clock."""
 
     def build(
         queue: Queue,
         state: TrainState | None = None,
-        flaw=lambda _: "",
+        tree_problem=lambda _: "",
         stop=(),
         prepare=lambda _: None,
         **options,
-    ) -> Intake:
+    ) -> TreeLeases:
         monkeypatch.setattr("learner.io.leases.time", queue)
         chosen = config(**{"prompts_per_step": 3, "out_dir": tmp_path, "lease_s": 60.0, **options})
         stream = PromptStream(QUESTIONS, 0, "run")
         state = TrainState() if state is None else state
-        return Intake(queue, stream, chosen, state, flaw, prepare, stop)
+        return TreeLeases(queue, stream, chosen, state, tree_problem, prepare, stop)
 
     return build
 
 
 def ids(leases: list[TreeLease]) -> list[str]:
-    return [one.tree.tree_id for one in leases]
+    return [lease.tree.tree_id for lease in leases]
 
 
 def noted(folder) -> dict[str, str]:
     return json.loads((folder / "leases.json").read_text())
 
 
-def step(intake: Intake) -> list[str]:
+def step(tree_leases: TreeLeases) -> list[str]:
     """What the loop does with the queue in a step; ids of the trees trained on."""
-    intake.submit_ahead()
-    leases = intake.lease_step()
-    intake.settle(leases)
-    intake.ack()
+    tree_leases.submit_ahead()
+    leases = tree_leases.lease_step()
+    tree_leases.settle(leases)
+    tree_leases.ack()
     return ids(leases)
 
 
 def test_prompts_are_submitted_ahead_and_once(make):
     queue, state = Queue(), TrainState()
-    intake = make(queue, state, prompts_ahead_steps=1.5)
+    tree_leases = make(queue, state, prompts_ahead_steps=1.5)
     for done, until in [(0, 8), (0, 8), (3, 11), (6, 14)]:
         state.prompts_done = done
-        intake.submit_ahead()
+        tree_leases.submit_ahead()
         assert queue.submitted == [f"run/{n}" for n in range(until)]
         assert state.next_prompt == until
     resumed = make(queue, TrainState(next_prompt=3, prompts_done=9), prompts_ahead_steps=0)
@@ -97,38 +97,38 @@ def test_told_to_stop_it_waits_no_longer(make):
     stop: list[int] = []
     lease = queue.lease_trees
     queue.lease_trees = lambda *args, **how: (stop.append(15), lease(*args, **how))[1]
-    intake = make(queue, stop=stop)
-    intake.submit_ahead()
-    assert ids(intake.lease_step()) == ["run/0", "run/2"] and not queue.now
+    tree_leases = make(queue, stop=stop)
+    tree_leases.submit_ahead()
+    assert ids(tree_leases.lease_step()) == ["run/0", "run/2"] and not queue.now
 
 
 def test_a_step_is_leased_noted_and_acked(make, tmp_path):
     queue, state = Queue(), TrainState()
-    intake = make(queue, state)
-    intake.submit_ahead()
-    leases = intake.lease_step()
+    tree_leases = make(queue, state)
+    tree_leases.submit_ahead()
+    leases = tree_leases.lease_step()
     assert ids(leases) == ["run/0", "run/1", "run/2"]
-    assert noted(tmp_path) == {one.lease_id: one.tree.tree_id for one in leases}
-    intake.settle(leases)
+    assert noted(tmp_path) == {lease.lease_id: lease.tree.tree_id for lease in leases}
+    tree_leases.settle(leases)
     assert state.trained == ids(leases)
-    intake.ack()
+    tree_leases.ack()
     assert queue.acked == ["run/0", "run/1", "run/2"]
     assert state.trained == [] and noted(tmp_path) == {}
-    intake.submit_ahead()
-    assert ids(intake.lease_step()) == ["run/3", "run/4", "run/5"]
+    tree_leases.submit_ahead()
+    assert ids(tree_leases.lease_step()) == ["run/3", "run/4", "run/5"]
 
 
 def test_the_trees_of_a_step_are_those_of_its_prompts_in_order(make):
     """Whatever order they are graded in; early ones wait in hand, and are not acked."""
     queue, state = Queue(), TrainState()
-    intake = make(queue, state, prompts_ahead_steps=2)
-    intake.submit_ahead()
+    tree_leases = make(queue, state, prompts_ahead_steps=2)
+    tree_leases.submit_ahead()
     queue.graded = [f"run/{n}" for n in (7, 2, 5, 0, 8, 1, 3, 6, 4)]
-    assert step(intake) == ["run/0", "run/1", "run/2"]
+    assert step(tree_leases) == ["run/0", "run/1", "run/2"]
     assert sorted(state.leases.values()) == ["run/5", "run/7", "run/8"]
     assert queue.acked == ["run/2", "run/0", "run/1"] and state.trained == []
-    assert step(intake) == ["run/3", "run/4", "run/5"]
-    assert step(intake) == ["run/6", "run/7", "run/8"]
+    assert step(tree_leases) == ["run/3", "run/4", "run/5"]
+    assert step(tree_leases) == ["run/6", "run/7", "run/8"]
     assert sorted(queue.acked) == [f"run/{n}" for n in range(9)]
 
 
@@ -136,8 +136,8 @@ def test_trees_in_the_ledger_are_acked_and_not_trained_on_again(make):
     queue = Queue()
     queue.submitted = queue.graded = [f"run/{n}" for n in range(6)]
     state = TrainState(prompts_done=3, trained=["run/1", "run/2", "run/9"])
-    intake = make(queue, state)
-    assert step(intake) == ["run/3", "run/4", "run/5"]
+    tree_leases = make(queue, state)
+    assert step(tree_leases) == ["run/3", "run/4", "run/5"]
     # run/0 came after its step was over: nobody knows it as trained on, and it is not
     assert sorted(queue.acked) == [f"run/{n}" for n in range(6)]
     assert state.trained == ["run/9"]
@@ -158,26 +158,26 @@ def test_a_restart_acks_what_is_in_the_ledger(make, tmp_path):
 
 def test_leases_in_hand_are_prolonged(make):
     queue = Queue()
-    intake = make(queue)
-    intake.submit_ahead()
-    leases = intake.lease_step()
+    tree_leases = make(queue)
+    tree_leases.submit_ahead()
+    leases = tree_leases.lease_step()
     for _ in range(12):
         queue.sleep(25)
-        intake.keep_alive()
-    assert set(queue.leases) == {one.lease_id for one in leases}
+        tree_leases.keep_alive()
+    assert set(queue.leases) == {lease.lease_id for lease in leases}
 
 
 def test_leases_that_ran_out_stay_in_the_ledger_until_they_come_back(make):
     """Trained on, not acked in time: the tree comes again and is acked then, untrained."""
     queue, state = Queue(), TrainState()
-    intake = make(queue, state)
-    intake.submit_ahead()
-    intake.settle(intake.lease_step())
+    tree_leases = make(queue, state)
+    tree_leases.submit_ahead()
+    tree_leases.settle(tree_leases.lease_step())
     queue.sleep(61)
-    intake.ack()
+    tree_leases.ack()
     assert queue.acked == [] and state.trained == ["run/0", "run/1", "run/2"]
     queue.graded.sort()
-    assert step(intake) == ["run/3", "run/4", "run/5"]
+    assert step(tree_leases) == ["run/3", "run/4", "run/5"]
     assert state.trained == []
     assert sorted(queue.acked) == [f"run/{n}" for n in range(6)]
 
@@ -185,29 +185,29 @@ def test_leases_that_ran_out_stay_in_the_ledger_until_they_come_back(make):
 def test_leases_that_ran_out_before_the_step_are_not_trained_on(make):
     """A first tree waits for the others until its lease is over: the batch starts again."""
     queue = Queue(dying={1, 2})
-    intake = make(queue, prompts_ahead_steps=0, patience_s=1000.0)
-    intake.submit_ahead()
+    tree_leases = make(queue, prompts_ahead_steps=0, patience_s=1000.0)
+    tree_leases.submit_ahead()
     lease = queue.lease_trees
 
     def slow(max_trees, **rest):
-        found = lease(max_trees, **rest)
+        leases = lease(max_trees, **rest)
         if max_trees < 3:
             queue.sleep(61)  # the server was away
             queue.lease_trees = lease
             queue.graded += ["run/2", "run/1"]
-        return found
+        return leases
 
     queue.lease_trees = slow
-    leases = intake.lease_step()
+    leases = tree_leases.lease_step()
     assert ids(leases) == ["run/0", "run/1", "run/2"]
-    assert all(one.lease_id in queue.leases for one in leases)
+    assert all(lease.lease_id in queue.leases for lease in leases)
 
 
 def test_a_partial_batch_when_prompts_died(make):
     queue = Queue(dying={1})
-    intake = make(queue, prompts_ahead_steps=0)
-    intake.submit_ahead()
-    assert ids(intake.lease_step()) == ["run/0", "run/2"]
+    tree_leases = make(queue, prompts_ahead_steps=0)
+    tree_leases.submit_ahead()
+    assert ids(tree_leases.lease_step()) == ["run/0", "run/2"]
 
 
 def test_a_step_whose_prompts_all_died_is_passed_over(make):
@@ -218,32 +218,32 @@ def test_a_step_whose_prompts_all_died_is_passed_over(make):
 
 def test_nothing_within_patience_is_an_error(make):
     queue = Queue(dying=set(range(1000)))
-    intake = make(queue, prompts_ahead_steps=0, patience_s=100.0)
-    intake.submit_ahead()
+    tree_leases = make(queue, prompts_ahead_steps=0, patience_s=100.0)
+    tree_leases.submit_ahead()
     with pytest.raises(QueueDry, match=r"100\.0 s"):
-        intake.lease_step()
+        tree_leases.lease_step()
     assert 100 <= queue.now <= 110
 
 
 def test_a_tree_that_can_not_be_trained_on_is_refused_and_the_loop_goes_on(make):
-    """Of another run, broken on the wire, or refused by the learner: nacked with the reason, until
-    the server gives it up; the others are trained on."""
+    """A tree of another run, broken on the wire, or refused by the learner: nacked with the reason,
+    until the server gives it up; the others are trained on."""
     queue = Queue()
     queue.graded, queue.problems = ["other/1", "plain"], {"run/0": "tree.parents: not in order"}
     prepared: set[str] = set()
-    intake = make(
+    tree_leases = make(
         queue,
-        flaw=lambda tree: "too odd" * (tree.tree_id == "run/4"),
+        tree_problem=lambda tree: "too odd" * (tree.tree_id == "run/4"),
         prepare=lambda tree: prepared.add(tree.tree_id),
     )
-    intake.submit_ahead()
-    first = intake.lease_step()
+    tree_leases.submit_ahead()
+    first = tree_leases.lease_step()
     assert ids(first) == ["run/1", "run/2"]
     assert {"run/1", "run/2"} <= prepared <= {"run/1", "run/2", "run/3", "run/5"}
-    assert intake.refused == {"other/1", "plain", "run/0", "run/4"}
-    intake.settle(first)
-    intake.ack()
-    assert step(intake) == ["run/3", "run/5"]
+    assert tree_leases.refused == {"other/1", "plain", "run/0", "run/4"}
+    tree_leases.settle(first)
+    tree_leases.ack()
+    assert step(tree_leases) == ["run/3", "run/5"]
     assert queue.dead == {
         "other/1": "not of a prompt of this run",
         "plain": "not of a prompt of this run",
@@ -254,12 +254,12 @@ def test_a_tree_that_can_not_be_trained_on_is_refused_and_the_loop_goes_on(make)
 
 def test_an_ack_that_fails_otherwise_ends_the_run_and_keeps_the_ledger(make):
     queue, state = Queue(), TrainState()
-    intake = make(queue, state)
-    intake.submit_ahead()
-    intake.settle(intake.lease_step())
+    tree_leases = make(queue, state)
+    tree_leases.submit_ahead()
+    tree_leases.settle(tree_leases.lease_step())
     queue.fail["AckTrees"] = grpc.StatusCode.UNAVAILABLE
     with pytest.raises(RpcFailed):
-        intake.ack()
+        tree_leases.ack()
     assert state.trained == ["run/0", "run/1", "run/2"]
 
 
@@ -267,25 +267,25 @@ def test_a_restart_gives_back_what_the_killed_run_held(make, tmp_path):
     queue = Queue()
     killed = make(queue)
     killed.submit_ahead()
-    held = ids(killed.lease_step())
+    leased = ids(killed.lease_step())
     ran_out = next(iter(queue.leases))
     queue.graded.append(queue.leases.pop(ran_out)[0])
     make(queue).give_back_from_before()
-    assert queue.nacked == held[1:] and queue.leases == {}
+    assert queue.nacked == leased[1:] and queue.leases == {}
     assert noted(tmp_path) == {}
     make(queue).give_back_from_before()  # nothing noted: nothing to do
 
 
 def test_stopping_gives_everything_back(make, tmp_path):
     queue = Queue()
-    intake = make(queue)
-    intake.submit_ahead()
-    held = ids(intake.lease_step())
-    intake.give_back("stop")
-    assert queue.nacked == held and noted(tmp_path) == {}
+    tree_leases = make(queue)
+    tree_leases.submit_ahead()
+    leased = ids(tree_leases.lease_step())
+    tree_leases.give_back("stop")
+    assert queue.nacked == leased and noted(tmp_path) == {}
     queue.fail["NackTrees"] = grpc.StatusCode.UNAVAILABLE
-    intake.lease_step()
-    intake.give_back("stop")  # a server that is away does not stop the learner from stopping
+    tree_leases.lease_step()
+    tree_leases.give_back("stop")  # a server that is away does not stop the learner from stopping
 
 
 def test_tree_options_are_the_runs():

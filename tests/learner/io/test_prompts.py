@@ -66,8 +66,8 @@ def test_a_bad_line_is_named_with_its_file(tmp_path):
 
 
 def test_a_null_answer_is_no_answer(tmp_path):
-    found = read_questions(write(tmp_path, '{"prompt": "p", "answer": null}'))
-    assert found == [Question("p", "")]
+    questions = read_questions(write(tmp_path, '{"prompt": "p", "answer": null}'))
+    assert questions == [Question("p", "")]
 
 
 @pytest.mark.parametrize("lines", [[], ["", "  "]])

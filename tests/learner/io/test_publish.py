@@ -38,11 +38,11 @@ def publisher(tmp_path: Path, model: Path):
 
 def policy(model: Path, version: int):
     """The weights that a run has as `version`; 0 is the model folder."""
-    found = load_policy(model, CPU, "float32")
+    loaded = load_policy(model, CPU, "float32")
     with torch.no_grad():
-        for weight in found.parameters():
+        for weight in loaded.parameters():
             weight.add_(version / 8)
-    return found
+    return loaded
 
 
 def serve(publisher: Publisher, model: Path, versions: int) -> TrainState:
@@ -113,11 +113,11 @@ def test_a_server_of_another_model_is_refused(publisher, tmp_path):
 
 def nudged(model: Path, version: int):
     """A few elements differ from version to version, as at RL learning rates."""
-    found = policy(model, 1)
+    moved = policy(model, 1)
     with torch.no_grad():
-        for weight in found.parameters():
+        for weight in moved.parameters():
             weight.view(-1)[version % weight.numel()] += version
-    return found
+    return moved
 
 
 def published(publisher: Publisher, model: Path, *versions: int) -> TrainState:
@@ -134,13 +134,13 @@ def published(publisher: Publisher, model: Path, *versions: int) -> TrainState:
 
 
 def bases(publisher: Publisher) -> list[int | None]:
-    return [one.base_version for one in publisher.updater.kept]
+    return [weights.base_version for weights in publisher.updater.retained]
 
 
 def test_small_changes_go_as_deltas(publisher, model):
     published(publisher, model, 1, 2, 3)
     assert bases(publisher) == [None, 1, 2]
-    sizes = [one.file_bytes for one in publisher.updater.kept]
+    sizes = [weights.file_bytes for weights in publisher.updater.retained]
     assert sizes[1] < sizes[0] / 5
 
 
@@ -192,7 +192,7 @@ def test_after_a_rollback_the_next_push_is_refused_and_a_new_start_goes_on_above
 
 
 @pytest.fixture
-def held(publisher):
+def hanging(publisher):
     """Updates hang until `release()`."""
     site = publisher.site
     site._loop.call_soon_threadsafe(publisher.updater._engine.half_way.clear)
@@ -203,18 +203,18 @@ def held(publisher):
     publisher.release()
 
 
-def test_a_push_in_the_background_is_waited_for_by_the_next_one(held, model):
+def test_a_push_in_the_background_is_waited_for_by_the_next_one(hanging, model):
     state = TrainState(version=1)
-    held.stage(nudged(model, 1), state)
-    held.push_later()
-    release = threading.Timer(0.2, held.release)
+    hanging.stage(nudged(model, 1), state)
+    hanging.push_later()
+    release = threading.Timer(0.2, hanging.release)
     release.start()
-    assert pushed(held) == [] and held.pause_s == 0.0
+    assert pushed(hanging) == [] and hanging.pause_s == 0.0
     state.version = 2
-    held.stage(nudged(model, 2), state)  # writes the file that was being sent: not before
-    assert pushed(held) == [1] and held.pause_s > 0.0
-    held.push()
-    assert pushed(held) == [1, 2] and bases(held) == [None, 1]
+    hanging.stage(nudged(model, 2), state)  # writes the file that was being sent: not before
+    assert pushed(hanging) == [1] and hanging.pause_s > 0.0
+    hanging.push()
+    assert pushed(hanging) == [1, 2] and bases(hanging) == [None, 1]
     release.join()
 
 

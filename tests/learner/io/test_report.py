@@ -37,7 +37,7 @@ def two_trees() -> list[Tree]:
 
 
 def test_figures_by_hand():
-    found = tree_figures(two_trees(), version=7)
+    figures = tree_figures(two_trees(), version=7)
     # root of the first: children (1, 2) with value 1/2 drawn once and (6,) with value 1
     gains = [(1 / 2) / (2 / 3) - 1.2, 1 / (2 / 3) - 1.2]
     sure = [math.exp(-0.5), math.exp(-0.1)]
@@ -48,7 +48,7 @@ def test_figures_by_hand():
         6 * (1 - 1.2) * math.exp(-0.5),
     ]
     covariances = [np.cov(gains, sure, ddof=0)[0, 1], np.cov(below, sure_below, ddof=0)[0, 1]]
-    assert found == pytest.approx(
+    assert figures == pytest.approx(
         {
             "reward": (2 / 3 + 1) / 2,
             "first_round_reward": 0.5,
@@ -67,9 +67,9 @@ def test_figures_by_hand():
 
 
 def test_what_is_not_known_is_nan():
-    found = tree_figures(two_trees()[1:], version=7)
-    assert math.isnan(found["first_round_reward"]) and math.isnan(found["balance"])
-    assert found["eff_rate"] == 0.0 and found["reward"] == 1.0
+    figures = tree_figures(two_trees()[1:], version=7)
+    assert math.isnan(figures["first_round_reward"]) and math.isnan(figures["balance"])
+    assert figures["eff_rate"] == 0.0 and figures["reward"] == 1.0
 
 
 def test_staleness_is_that_of_the_oldest_token():
@@ -126,8 +126,8 @@ def test_metrics_are_json_with_null_for_what_is_not_known(tmp_path):
     with Reporter(out, 3, TrainState(step=2)) as report:  # a resumed run goes on in the same file
         report.step(3, figures())
     first, second, evaluated, third = lines(out)
-    assert [one["step"] for one in (first, second, evaluated, third)] == [1, 2, 2, 3]
-    assert [one["kind"] for one in (first, second, evaluated, third)] == [
+    assert [row["step"] for row in (first, second, evaluated, third)] == [1, 2, 2, 3]
+    assert [row["kind"] for row in (first, second, evaluated, third)] == [
         "step", "step", "eval", "step"
     ]  # fmt: skip
     assert first["log_prob_gap_mean"] is None and first["pause_s"] is None

@@ -40,14 +40,14 @@ def padded(batch: list[Row], filler: int = 0) -> tuple[torch.Tensor, torch.Tenso
 
 def slow_logprobs(model, prompt: list[int], completion: list[int], temperature: float):
     """A forward pass over the tokens before, for each token; log-softmax in plain floats."""
-    found = []
+    logp = []
     for t, token in enumerate(completion):
         before = torch.tensor([[*prompt, *completion[:t]]])
         with torch.no_grad():
             logits = [x / temperature for x in model(input_ids=before).logits[0, -1].tolist()]
         top = max(logits)
-        found.append(logits[token] - top - math.log(math.fsum(math.exp(x - top) for x in logits)))
-    return found
+        logp.append(logits[token] - top - math.log(math.fsum(math.exp(x - top) for x in logits)))
+    return logp
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
@@ -55,14 +55,14 @@ def slow_logprobs(model, prompt: list[int], completion: list[int], temperature: 
 def test_log_probabilities_are_those_of_each_row_alone(kind, temperature):
     model, batch = causal_lm(kind, seed=3), rows()
     with torch.no_grad():
-        found = token_logprobs(model, *padded(batch), 9, temperature=temperature)
-    assert found.dtype == torch.float32 and found.shape == (len(batch), 9)
+        logp = token_logprobs(model, *padded(batch), 9, temperature=temperature)
+    assert logp.dtype == torch.float32 and logp.shape == (len(batch), 9)
     for b, (prompt, completion) in enumerate(batch):
         want = slow_logprobs(model, prompt, completion, temperature)
         n = len(completion)
-        assert found[b, :n].tolist() == pytest.approx(want, abs=2e-5)
+        assert logp[b, :n].tolist() == pytest.approx(want, abs=2e-5)
         assert min(want) < -1.0  # the model is far from flat, so that a shift by one would show
-        assert not found[b, n:].any()
+        assert not logp[b, n:].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,10 +93,10 @@ def test_bfloat16_logits_are_normalised_in_float32():
     model = causal_lm(seed=3).to(torch.bfloat16)
     ids, mask, prompt = padded([([1, 2], [3])])
     with torch.no_grad():
-        found = token_logprobs(model, ids, mask, prompt, 1, temperature=1.0)
+        logp = token_logprobs(model, ids, mask, prompt, 1, temperature=1.0)
         logits = model(input_ids=ids).logits[0, 1].float()
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(float(torch.log_softmax(logits, -1)[3]), abs=1e-5)
+    assert logp.dtype == torch.float32
+    assert float(logp) == pytest.approx(float(torch.log_softmax(logits, -1)[3]), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -85,15 +85,15 @@ def test_a_step_takes_the_loss_and_gradient_of_the_definitions(options):
 @pytest.mark.parametrize("length_norm", ["trajectory", "token"])
 def test_micro_batches_change_neither_loss_nor_gradient(length_norm, forward):
     trees = [pair.fast for seed in range(2) for pair in mixed_batch(random.Random(seed))]
-    found = []
+    outcomes = []
     for tokens in (1, 30, 100_000):
         policy = causal_lm()
         options = {"forward": forward, "length_norm": length_norm, "micro_batch_tokens": tokens}
         figures, _ = stepped(policy, causal_lm(seed=1), trees, **options)
-        found.append((figures, gradients(policy)))
-    whole, gradient = found[-1]
+        outcomes.append((figures, gradients(policy)))
+    whole, gradient = outcomes[-1]
     assert gradient.norm() > 1e-3
-    for figures, part in found[:-1]:
+    for figures, part in outcomes[:-1]:
         assert figures.means() == pytest.approx(whole.means(), rel=1e-4, nan_ok=True)
         assert (part - gradient).norm() < 1e-5 * gradient.norm()
 
@@ -120,11 +120,11 @@ def test_pad_holds_each_row_and_zeros():
         assert int(out.prompt_lengths[b]) == len(row.prompt)
         for column, values in [
             (out.mask, [1.0] * n),
-            (out.counted, [0.0] * row.shared + [1.0] * (n - row.shared)),
+            (out.counted, [0.0] * row.repeated + [1.0] * (n - row.repeated)),
             (out.old_logp, row.logprobs),
             (out.versions, row.versions),
             (out.advantage, row.advantages),
-            (out.weight, [row.share] * n),
+            (out.weight, [row.weight] * n),
         ]:
             assert column[b, :n].tolist() == pytest.approx(list(values), rel=1e-6)
             assert not column[b, n:].any()
@@ -132,7 +132,7 @@ def test_pad_holds_each_row_and_zeros():
 
 def test_padding_contributes_nothing(monkeypatch):
     trees = [pair.fast for pair in mixed_batch(random.Random(4))]
-    found = []
+    outcomes = []
     for filler in (0, 5, 39):
 
         def filled(rows, device, filler=filler):
@@ -142,10 +142,10 @@ def test_padding_contributes_nothing(monkeypatch):
         monkeypatch.setattr("learner.train.forward.pad", filled)
         policy = causal_lm()
         figures, _ = stepped(policy, causal_lm(seed=1), trees, forward="trajectory")
-        found.append((figures.loss, gradients(policy)))
-    for loss, gradient in found[1:]:
-        assert loss == found[0][0]
-        assert torch.equal(gradient, found[0][1])
+        outcomes.append((figures.loss, gradients(policy)))
+    for loss, gradient in outcomes[1:]:
+        assert loss == outcomes[0][0]
+        assert torch.equal(gradient, outcomes[0][1])
 
 
 def test_uniform_trees_alone_move_nothing():
@@ -200,7 +200,7 @@ def test_several_updates_keep_the_old_log_probabilities(old):
     figures = Trainer(together, None, chosen, CPU).step(trees, version=1)
     alone = Trainer(single, None, config(**options), CPU)
     steps = [alone.step(trees, version=1) for _ in range(3)]
-    losses = [one.loss for one in steps]
+    losses = [step.loss for step in steps]
     assert figures.means()["loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
     assert torch.allclose(together.table, single.table, atol=1e-6)
     assert len(set(losses)) == 3 and figures.updates == 3
@@ -217,12 +217,12 @@ def recorded_by(logp: Policy, tree: Tree) -> Tree:
 
 
 def test_the_gap_is_that_before_the_first_update():
-    trees, found = skewed_trees(), []
+    trees, gaps = skewed_trees(), []
     for updates in (1, 4):
         chosen = config(forward="trajectory", lr=0.1, optimizer_steps_per_batch=updates)
         figures = Trainer(Bigram(9, seed=1), None, chosen, CPU).step(trees, version=0)
-        found.append([figures.means()[f"log_prob_gap_{kind}"] for kind in ("mean", "max")])
-    assert found[0] == found[1] and found[0][0] > 0
+        gaps.append([figures.means()[f"log_prob_gap_{kind}"] for kind in ("mean", "max")])
+    assert gaps[0] == gaps[1] and gaps[0][0] > 0
 
 
 def test_warm_up_rises_to_the_rate_and_stays():

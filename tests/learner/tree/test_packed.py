@@ -18,7 +18,7 @@ from learner.train.forward import BUCKETS, PackedForward, bucket
 from learner.train.trainer import StepFigures, Trainer
 from learner.tree.attention import BLOCK, FlexTreeAttention, SegmentAttention
 from learner.tree.pack import padded
-from learner.tree.training import shares_of, trained_trees
+from learner.tree.training import loss_weights_of, training_trees
 from tests.learner.tiny import CPU, causal_lm, config, in_float64, mixed_batch, settings_of
 from tests.learner.tree.test_layout import SHAPES, tree_of
 from tests.reference import slow_loss
@@ -79,9 +79,9 @@ def test_every_parameters_gradient_is_that_of_the_trajectories_in_float64(
     trees = all_shapes()
     want, slopes = stepped(kind, trees, torch.float64, forward="trajectory", **options)
     for limit in (16384, 90):
-        found, packed = stepped(kind, trees, torch.float64, micro_batch_tokens=limit, **options)
-        assert found.loss == pytest.approx(want.loss, rel=1e-9)
-        assert found.means() == pytest.approx(want.means(), rel=1e-9)
+        figures, packed = stepped(kind, trees, torch.float64, micro_batch_tokens=limit, **options)
+        assert figures.loss == pytest.approx(want.loss, rel=1e-9)
+        assert figures.means() == pytest.approx(want.means(), rel=1e-9)
         assert packed.keys() == slopes.keys()
         for name, slope in slopes.items():
             assert (packed[name] - slope).norm() <= 1e-9 * slope.norm(), name
@@ -94,8 +94,8 @@ def test_every_parameters_gradient_is_that_of_the_trajectories_in_float64(
 def test_the_gradient_is_that_of_the_trajectories_in_float32(kind, options):
     trees = all_shapes(seed=1)
     want, slopes = stepped(kind, trees, forward="trajectory", **options)
-    found, packed = stepped(kind, trees, **options)
-    assert found.means() == pytest.approx(want.means(), rel=1e-4)
+    figures, packed = stepped(kind, trees, **options)
+    assert figures.means() == pytest.approx(want.means(), rel=1e-4)
     assert want.gap_tokens < want.tokens and want.trained_trees < 7
     whole, other = flat(slopes), flat(packed)
     assert whole.norm() > 1e-3
@@ -123,7 +123,7 @@ def test_loss_and_gradient_are_those_of_plain_loops_over_trajectories(kind, leng
     """The gradient along a random direction, from losses on both sides."""
     chosen = {"kl_weight": 0.04, "length_norm": length_norm, "max_new_tokens": 50}
     pairs = mixed_batch(random.Random(f"{kind}/{length_norm}"))
-    found, slopes = stepped(kind, [pair.fast for pair in pairs], torch.float64, **chosen)
+    figures, slopes = stepped(kind, [pair.fast for pair in pairs], torch.float64, **chosen)
     setting = settings_of(config(**chosen))
     policy, reference = model_of(kind, 1, torch.float64), model_of(kind, 2, torch.float64)
     frozen = slow_policy(reference, 0.7)
@@ -132,7 +132,7 @@ def test_loss_and_gradient_are_those_of_plain_loops_over_trajectories(kind, leng
         trees = [pair.slow for pair in pairs]
         return slow_loss.loss(trees, (7, 8), setting, slow_policy(policy, 0.7), None, frozen)
 
-    assert math.isclose(found.loss, slow(), rel_tol=1e-9)
+    assert math.isclose(figures.loss, slow(), rel_tol=1e-9)
     generator, step, ends = torch.Generator().manual_seed(0), 1e-6, []
     weights = dict(policy.named_parameters())
     toward = {
@@ -153,8 +153,8 @@ def test_loss_and_gradient_are_those_of_plain_loops_over_trajectories(kind, leng
 def test_bfloat16_weights_train(kind):
     trees = all_shapes()
     want, slopes = stepped(kind, trees, torch.bfloat16, forward="trajectory")
-    found, packed = stepped(kind, trees, torch.bfloat16)
-    assert found.loss == pytest.approx(want.loss, abs=0.05)
+    figures, packed = stepped(kind, trees, torch.bfloat16)
+    assert figures.loss == pytest.approx(want.loss, abs=0.05)
     assert all(g.dtype == torch.bfloat16 for g in packed.values())
     whole, other = flat(slopes).float(), flat(packed).float()
     assert float(torch.cosine_similarity(whole, other, dim=0)) > 0.99
@@ -163,33 +163,33 @@ def test_bfloat16_weights_train(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_in_the_model_gives_the_same_log_probabilities(kind):
-    """As on a GPU, but forward only and not compiled: padded, block mask, grouped heads."""
+    """The GPU's way, but forward only and not compiled: padded, block mask, grouped heads."""
     model = model_of(kind, 1)
     model.requires_grad_(False)
     forward = packed_forward(model, skip_uniform_trees=False)
-    batch = next(iter(forward.batches(trained_trees(all_shapes(), config()))))
+    batch = next(iter(forward.batches(training_trees(all_shapes(), config()))))
     long = padded(batch, bucket(len(batch.ids), 4096))
     assert len(long.ids) % BLOCK == 0 and len(long.ids) > len(batch.ids)
     long = replace(long, attention=FlexTreeAttention(long.last, flex_attention))
-    want, found = forward.logprobs(model, batch), forward.logprobs(model, long)
-    assert torch.allclose(found, want, atol=1e-4)
+    logp, padded_logp = forward.logprobs(model, batch), forward.logprobs(model, long)
+    assert torch.allclose(padded_logp, logp, atol=1e-4)
 
 
 def packed_forward(model: Any, **changes: Any) -> PackedForward:
     chosen = config(**changes)
-    return PackedForward([model], chosen, CPU, partial(shares_of, config=chosen))
+    return PackedForward([model], chosen, CPU, partial(loss_weights_of, config=chosen))
 
 
 def test_trees_prepared_ahead_give_the_same_packs_and_are_forgotten_with_the_trees():
     model = model_of("Qwen2", 1)
     forward = packed_forward(model, micro_batch_tokens=100)
     trees = all_shapes()
-    want = list(forward.batches(trained_trees(trees, config())))
+    want = list(forward.batches(training_trees(trees, config())))
     for tree in trees[::2]:
         forward.prepare(tree)
-    for found, one in zip(forward.batches(trained_trees(trees, config())), want, strict=True):
-        for name, column in vars(one).items():
-            assert name == "attention" or torch.equal(getattr(found, name), column)
+    for batch, fresh in zip(forward.batches(training_trees(trees, config())), want, strict=True):
+        for name, column in vars(fresh).items():
+            assert name == "attention" or torch.equal(getattr(batch, name), column)
     made = forward._drafts
     assert len(made) == len(trees[::2])
     del trees, tree

@@ -8,7 +8,7 @@ import torch
 from ibtree.errors import FieldError
 from learner.train.trainer import Trainer
 from learner.tree.attention import NAME
-from learner.tree.probe import prepare
+from learner.tree.probe import enable_packed_attention
 from tests.learner.tiny import CPU, causal_lm, config
 from tests.learner.tree.test_layout import tree_of
 
@@ -33,7 +33,7 @@ REFUSED = {
 def test_models_that_attend_to_all_before_a_token_fit(kind, dtype):
     model = causal_lm(kind, head_dim=8).to(dtype)
     for _ in range(2):
-        prepare(model)
+        enable_packed_attention(model)
         assert model.config._attn_implementation == NAME
 
 
@@ -57,6 +57,6 @@ def test_the_reference_is_tried_too():
 
 def test_the_switch_is_not_saved_with_the_model(tmp_path):
     model = causal_lm()
-    prepare(model)
+    enable_packed_attention(model)
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()

@@ -85,7 +85,7 @@ class Scheduler:
         )
         self.pool_tokens = pool_tokens
         self.holds: dict[int, tuple[int, Prefix]] = {}
-        """By slot: the weights that computed it, and the prefix it is the last token of."""
+        """Weights that computed each slot, and the prefix it is the last token of."""
         self.ever: set[tuple[int, Prefix]] = set()
         """Every prefix that was ever in the cache, with its weights."""
         self.running: list[Request] = []

@@ -176,8 +176,8 @@ def test_protection_never_keeps_a_request_out(monkeypatch):
     monkeypatch.setenv(FRACTION_VARIABLE, "1")
     scheduler = Scheduler(monkeypatch, 300)
     trees = [grown(scheduler, f"t{i}", i) for i in range(3)]
-    held = scheduler.cache.trees.protected_tokens
-    assert held > 120
+    protected_before = scheduler.cache.trees.protected_tokens
+    assert protected_before > 120
     request = scheduler.start("big", tuple(range(1000, 1000 + MAX_TOKENS)))
     other = scheduler.start("big2", tuple(range(2000, 2000 + MAX_TOKENS)))
     assert request and other

@@ -13,9 +13,9 @@ from server_ext.capacity.admission import Admission
 async def opened(
     admission: Admission, stack: AsyncExitStack, most: int = 100, urgent: bool = False
 ) -> asyncio.Task:
-    """A tree with a prompt of 10 tokens that waits for its place, or has it."""
-    place = admission.place(10, most, urgent=urgent)
-    task = asyncio.create_task(stack.enter_async_context(place))
+    """A tree with a prompt of 10 tokens that waits for its reservation, or has it."""
+    waiting = admission.reserve(10, most, urgent=urgent)
+    task = asyncio.create_task(stack.enter_async_context(waiting))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     return task
@@ -24,10 +24,10 @@ async def opened(
 async def test_no_more_than_fit():
     admission = Admission(330)
     async with AsyncExitStack() as stack:
-        places = [await opened(admission, stack) for _ in range(4)]
-        assert [place.done() for place in places] == [True, True, True, False]
-        admission.ended(places[0].result(), 40)  # trees keep less than they might: 50 each
-        await asyncio.wait_for(places[3], 1)
+        trees = [await opened(admission, stack) for _ in range(4)]
+        assert [tree.done() for tree in trees] == [True, True, True, False]
+        admission.ended(trees[0].result(), 40)  # trees keep less than they might: 50 each
+        await asyncio.wait_for(trees[3], 1)
 
 
 async def test_a_tree_that_ends_makes_room():
@@ -77,15 +77,15 @@ async def test_no_limit():
         assert all([(await opened(admission, stack)).done() for _ in range(100)])
 
 
-@pytest.mark.parametrize("kept", [0, 40])
-async def test_what_trees_keep_is_learnt(kept):
+@pytest.mark.parametrize("used", [0, 40])
+async def test_what_trees_keep_is_learnt(used):
     admission = Admission(1000)
     async with AsyncExitStack() as stack:
         for _ in range(50):
-            async with admission.place(10, 100) as place:
-                admission.ended(place, kept)
-        places = [await opened(admission, stack) for _ in range(101)]
-        assert sum(place.done() for place in places) == 1000 // (10 + kept)
+            async with admission.reserve(10, 100) as reservation:
+                admission.ended(reservation, used)
+        trees = [await opened(admission, stack) for _ in range(101)]
+        assert sum(tree.done() for tree in trees) == 1000 // (10 + used)
 
 
 async def test_urgent_trees_wait_before_the_others():

@@ -1,4 +1,4 @@
-"""Places for rollouts: never too many, urgent trees first, then evenly, nothing lost."""
+"""Slots for rollouts: never too many, urgent trees first, then evenly, nothing lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server_ext.capacity.slots import Slots
 
 
 class Rollouts:
-    """Tasks that take a place and keep it until they are told to end."""
+    """Tasks that take a slot and keep it until they are told to end."""
 
     def __init__(self, count: int) -> None:
         self.slots = Slots(count)
@@ -25,7 +25,7 @@ class Rollouts:
         end = asyncio.Event()
 
         async def roll() -> None:
-            async with self.slots.place(tree, urgent=urgent):
+            async with self.slots.slot(tree, urgent=urgent):
                 self.turns.append(tree)
                 me = asyncio.current_task()
                 self.holding.add(me)
@@ -49,7 +49,7 @@ class Rollouts:
         await self.settle()
 
 
-async def test_never_more_than_there_are_places():
+async def test_never_more_than_there_are_slots():
     rollouts = Rollouts(3)
     for i in range(10):
         rollouts.start(f"tree{i}")
@@ -60,7 +60,7 @@ async def test_never_more_than_there_are_places():
     assert rollouts.turns == [f"tree{i}" for i in range(10)], "in the order they came"
 
 
-async def test_trees_share_evenly():
+async def test_trees_get_equal_numbers():
     """One with many rollouts waiting does not hold up one that comes later."""
     rollouts = Rollouts(4)
     for _ in range(12):
@@ -70,10 +70,10 @@ async def test_trees_share_evenly():
         rollouts.start("late")
     await rollouts.end_one("large")
     await rollouts.end_one("large")
-    held = Counter(rollouts.tasks[task][0] for task in rollouts.holding)
-    assert held == {"large": 2, "late": 2}
+    slots_of = Counter(rollouts.tasks[task][0] for task in rollouts.holding)
+    assert slots_of == {"large": 2, "late": 2}
     await rollouts.end_one("late")
-    assert Counter(rollouts.tasks[task][0] for task in rollouts.holding) == held
+    assert Counter(rollouts.tasks[task][0] for task in rollouts.holding) == slots_of
 
 
 async def test_urgent_trees_go_first():
@@ -101,9 +101,9 @@ async def test_a_tree_that_gives_up_leaves_the_line():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(0, 2**32), st.integers(5, 60))
-def test_no_place_is_lost_whatever_is_cancelled_when(places, seed, moves):
+def test_no_slot_is_lost_whatever_is_cancelled_when(slots, seed, moves):
     async def life() -> None:
-        rng, rollouts = random.Random(seed), Rollouts(places)
+        rng, rollouts = random.Random(seed), Rollouts(slots)
         for _ in range(moves):
             match rng.choice(["start", "start", "cancel", "end", "give up", "turn"]):
                 case "start":
@@ -116,14 +116,14 @@ def test_no_place_is_lost_whatever_is_cancelled_when(places, seed, moves):
                     rollouts.slots.give_up(rng.choice("abc"))
                 case "turn":
                     await asyncio.sleep(0)
-            assert len(rollouts.holding) <= places
+            assert len(rollouts.holding) <= slots
         for _, end in rollouts.tasks.values():
             end.set()
         await asyncio.wait_for(asyncio.gather(*rollouts.tasks, return_exceptions=True), 5)
         assert rollouts.slots.in_flight == 0
-        last = [rollouts.start("z") for _ in range(places)]
+        last = [rollouts.start("z") for _ in range(slots)]
         await rollouts.settle()
-        assert len(rollouts.holding) == places, "every place can be had again"
+        assert len(rollouts.holding) == slots, "every slot can be had again"
         for task in last:
             task.cancel()
         await asyncio.gather(*last, return_exceptions=True)

@@ -17,8 +17,8 @@ MANY = 10**9
 def rows(path: Path, columns: str = "state") -> dict[str, Any]:
     """{id: columns}, read past the journal; one column is not wrapped in a tuple."""
     with closing(sqlite3.connect(path)) as db:
-        found = db.execute(f"SELECT id, {columns} FROM trees ORDER BY seq").fetchall()
-    return {row[0]: row[1] if len(row) == 2 else row[1:] for row in found}
+        fetched = db.execute(f"SELECT id, {columns} FROM trees ORDER BY seq").fetchall()
+    return {row[0]: row[1] if len(row) == 2 else row[1:] for row in fetched}
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Book:
 
     def leased(self, *ids: str, lease_s: float = 60.0) -> list[str]:
         self.graded(*ids)
-        return [one.lease_id for one in self.journal.lease(len(ids), lease_s, MANY)]
+        return [lease.lease_id for lease in self.journal.lease(len(ids), lease_s, MANY)]
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

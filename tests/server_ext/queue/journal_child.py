@@ -34,7 +34,7 @@ def main(path: str, seed: str) -> None:
             say(done=call, ids=ids)
         elif call == "take":
             say(call=call)
-            ids = [one.id for one in journal.take(2)]
+            ids = [prompt.id for prompt in journal.take(2)]
             growing += ids
             say(done=call, ids=ids)
         elif call == "store" and growing:
@@ -44,9 +44,10 @@ def main(path: str, seed: str) -> None:
             say(done=call, ids=ids)
         elif call == "lease":
             say(call=call)
-            held = {one.tree[5:].decode(): one.lease_id for one in journal.lease(2, 3600.0, 10**6)}
-            leases |= held
-            say(done=call, ids=list(held), leases=held)
+            leased = journal.lease(2, 3600.0, 10**6)
+            fresh = {lease.tree[5:].decode(): lease.lease_id for lease in leased}
+            leases |= fresh
+            say(done=call, ids=list(fresh), leases=fresh)
         elif call in ("ack", "nack") and leases:
             ended = some(leases)
             say(call=call, ids=list(ended))
@@ -54,7 +55,7 @@ def main(path: str, seed: str) -> None:
                 journal.ack(list(ended.values()))
             else:
                 journal.nack(list(ended.values()), "no")
-            leases = {key: held for key, held in leases.items() if key not in ended}
+            leases = {key: lease for key, lease in leases.items() if key not in ended}
             say(done=call, ids=list(ended))
 
 

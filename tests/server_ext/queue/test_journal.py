@@ -35,7 +35,7 @@ def test_the_drawn_life(book):
 def test_interrupted_growth_is_queued_again_without_a_failure(book):
     book.journal.submit([("a", b"")])
     for _ in range(10):
-        assert [one.id for one in book.journal.take(1)] == ["a"]
+        assert [queued.id for queued in book.journal.take(1)] == ["a"]
         book.journal.requeue("a")
     assert book.rows("state, failures") == {"a": ("queued", 0)}
 
@@ -135,24 +135,26 @@ def test_prompts_are_taken_oldest_first_and_once(book):
     ids = [f"{i}" for i in (5, 3, 9, 1, 7)]
     book.journal.submit([(i, b"") for i in ids])
     book.journal.submit([("late", b"")])
-    assert [one.id for one in book.journal.take(2)] == ids[:2]
-    assert [one.id for one in book.journal.take(99)] == [*ids[2:], "late"]
+    assert [queued.id for queued in book.journal.take(2)] == ids[:2]
+    assert [queued.id for queued in book.journal.take(99)] == [*ids[2:], "late"]
     book.journal.requeue("3")
     book.journal.submit([("later", b"")])
-    assert [one.id for one in book.journal.take(99)] == ["3", "later"]
+    assert [queued.id for queued in book.journal.take(99)] == ["3", "later"]
 
 
 def test_odd_ids_and_bytes_survive(book):
     odd = ["", "é\n\0'\"; DROP TABLE trees", "x" * 256, "…"]
     blob = bytes(range(256))
     book.journal.submit([(i, blob) for i in odd])
-    assert [(one.id, one.prompt) for one in book.reopen().take(9)] == [(i, blob) for i in odd]
+    assert [(queued.id, queued.prompt) for queued in book.reopen().take(9)] == [
+        (i, blob) for i in odd
+    ]
 
 
 def test_what_grew_is_queued_again_when_opened_and_the_rest_is_kept(book):
-    held = book.leased("leased", "acked", "back")
-    book.journal.ack(held[1:2])
-    book.journal.nack(held[2:], "no")
+    leases = book.leased("leased", "acked", "back")
+    book.journal.ack(leases[1:2])
+    book.journal.nack(leases[2:], "no")
     book.graded("graded")
     book.journal.submit([("growing", b"p"), ("queued", b"q")])
     book.journal.take(1)
@@ -162,13 +164,13 @@ def test_what_grew_is_queued_again_when_opened_and_the_rest_is_kept(book):
     book.reopen()
     assert book.rows() == states | {"growing": "queued"}
     assert book.rows("prompt, tree, returns, reasons, lease_id, lease_until") == before
-    book.journal.extend(held[:1], 60.0)  # still held
+    book.journal.extend(leases[:1], 60.0)  # still held
     book.now += 60.1
     book.reopen()
     assert book.rows()["leased"] == "leased"  # until someone looks
     assert book.journal.counts()[State.LEASED] == 0
     assert book.rows("state, returns")["leased"] == ("graded", 1)
-    assert [one.id for one in book.journal.take(9)] == ["growing", "queued"]
+    assert [queued.id for queued in book.journal.take(9)] == ["growing", "queued"]
 
 
 def test_new_limits_hold_after_re_opening(book):

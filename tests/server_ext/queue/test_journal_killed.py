@@ -57,21 +57,21 @@ class Expected:
                     self.leases = {i: x for i, x in self.leases.items() if i not in line["ids"]}
         return lines[-1] if "call" in lines[-1] else None
 
-    def check(self, found: dict[str, str], under_way: dict | None) -> None:
+    def check(self, states: dict[str, str], under_way: dict | None) -> None:
         call, ids = (under_way or {}).get("call"), (under_way or {}).get("ids")
-        assert set(self.states) <= set(found)
-        changed = {i for i, state in found.items() if self.states.get(i) != state}
+        assert set(self.states) <= set(states)
+        changed = {i for i, state in states.items() if self.states.get(i) != state}
         if not changed:
             return
         assert call, f"not as acknowledged: {changed}"
-        assert {found[i] for i in changed} == {AFTER[call]}
+        assert {states[i] for i in changed} == {AFTER[call]}
         if ids is None:  # take and lease choose their trees: two at most
             assert len(changed) <= 2
         else:
             assert changed == set(ids)  # the whole call or nothing of it
 
-    def reopened(self, found: dict[str, str]) -> None:
-        self.states = {i: "queued" if s == "growing" else s for i, s in found.items()}
+    def reopened(self, states: dict[str, str]) -> None:
+        self.states = {i: "queued" if s == "growing" else s for i, s in states.items()}
 
 
 def test_everything_acknowledged_survives_a_kill(tmp_path):
@@ -83,9 +83,9 @@ def test_everything_acknowledged_survives_a_kill(tmp_path):
         torn += under_way is not None
         expected.check(rows(path), under_way)
         journal = Journal(path)
-        found = rows(path)
-        expected.reopened(found)
-        assert State.GROWING not in found.values()
+        states = rows(path)
+        expected.reopened(states)
+        assert State.GROWING not in states.values()
         for id_, (state, tree, prompt) in rows(path, "state, tree, prompt").items():
             assert prompt == (None if state == "acked" else id_.encode())
             assert tree in ({None} if state == "acked" else {None, b"tree " + id_.encode()})
@@ -98,6 +98,6 @@ def test_everything_acknowledged_survives_a_kill(tmp_path):
 
 def check_usable(journal: Journal, expected: Expected) -> None:
     """An acknowledged lease can still be acked; its tree leaves the game."""
-    held = [i for i, s in expected.states.items() if s == "leased" and i in expected.leases]
-    journal.ack([expected.leases[i] for i in held[:1]])
-    expected.states |= dict.fromkeys(held[:1], "acked")
+    leased = [i for i, s in expected.states.items() if s == "leased" and i in expected.leases]
+    journal.ack([expected.leases[i] for i in leased[:1]])
+    expected.states |= dict.fromkeys(leased[:1], "acked")

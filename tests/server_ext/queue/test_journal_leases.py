@@ -13,8 +13,8 @@ from tests.server_ext.queue.book import MANY, Book
 
 def trees(book: Book, count: int, max_bytes: int = MANY) -> list[str]:
     leased = book.journal.lease(count, 60.0, max_bytes)
-    assert len({one.lease_id for one in leased}) == len(leased)
-    return [one.tree.decode().rstrip(".") for one in leased]
+    assert len({lease.lease_id for lease in leased}) == len(leased)
+    return [lease.tree.decode().rstrip(".") for lease in leased]
 
 
 def test_the_oldest_prompt_is_leased_first_whenever_it_was_graded(book):
@@ -28,8 +28,8 @@ def test_the_oldest_prompt_is_leased_first_whenever_it_was_graded(book):
 
 
 def test_a_tree_given_back_is_leased_before_younger_ones(book):
-    held = book.leased("a", "b", "c")
-    book.journal.nack(held[1:2], "no")
+    leases = book.leased("a", "b", "c")
+    book.journal.nack(leases[1:2], "no")
     book.graded("d")
     assert trees(book, 9) == ["b", "d"]
 
@@ -112,14 +112,14 @@ def test_a_lease_that_is_not_held_changes_nothing(book, call, bad, good_first):
     book.now += 10.1
     book.journal.expire()
     book.graded("good")
-    held = {one.tree: one.lease_id for one in book.journal.lease(9, 60.0, MANY)}
-    good = held[b"good"]  # "gone" is held too, by another lease
+    leases = {lease.tree: lease.lease_id for lease in book.journal.lease(9, 60.0, MANY)}
+    good = leases[b"good"]  # "gone" is held too, by another lease
     names = {"ran out": gone, "nacked": nacked, "acked": acked, "tree's id": "good", "empty": ""}
     name = names.get(bad, "0" * 32)
     lease_ids = [good, name] if good_first else [name, good]
     with book.unchanged(), pytest.raises(UnknownLeaseError, match=name or "''"):
         getattr(book.journal, call)(lease_ids, *CALLS[call])
-    book.journal.ack(list(held.values()))
+    book.journal.ack(list(leases.values()))
 
 
 def test_a_lease_that_ran_out_unseen_is_not_held(book):

@@ -74,14 +74,14 @@ class JournalMachine(RuleBasedStateMachine):
             with pytest.raises(ConflictError):
                 self.book.journal.submit(prompts)
             return
-        found = self.book.journal.submit(prompts)
-        assert found == (len(fresh), len(prompts) - len(fresh))
+        counts = self.book.journal.submit(prompts)
+        assert counts == (len(fresh), len(prompts) - len(fresh))
         self.model |= fresh
 
     @rule(count=st.integers(0, 3))
     def take(self, count: int) -> None:
         expected = self.among("queued")[:count]
-        assert [one.id for one in self.book.journal.take(count)] == expected
+        assert [queued.id for queued in self.book.journal.take(count)] == expected
         for id_ in expected:
             self.model[id_].state = "growing"
 
@@ -114,17 +114,17 @@ class JournalMachine(RuleBasedStateMachine):
                 break
             expected.append(id_)
         leased = self.book.journal.lease(count, lease_s, max_bytes)
-        assert [(one.tree, one.returns) for one in leased] == [
+        assert [(lease.tree, lease.returns) for lease in leased] == [
             (self.model[i].tree, self.model[i].returns) for i in expected
         ]
-        for id_, one in zip(expected, leased, strict=True):
+        for id_, lease in zip(expected, leased, strict=True):
             row = self.model[id_]
-            row.state, row.lease_id, row.until = "leased", one.lease_id, self.book.now + lease_s
-            self.old_leases.append(one.lease_id)
+            row.state, row.lease_id, row.until = "leased", lease.lease_id, self.book.now + lease_s
+            self.old_leases.append(lease.lease_id)
 
     @rule(picks=PICKS, how=st.sampled_from(["extend", "ack", "nack", "bury"]))
     def end_leases(self, picks: list[int], how: str) -> None:
-        """Of leases from any time, most often recent ones."""
+        """Ends leases from any time, most often recent ones."""
         chosen = list(dict.fromkeys(self.old_leases[-1 - p % len(self.old_leases)] for p in picks))
         extra = {"extend": [5.0], "ack": [], "nack": ["no"], "bury": ["bad"]}[how]
         if any(lease_id not in self.holders(how) for lease_id in chosen):
@@ -148,8 +148,8 @@ class JournalMachine(RuleBasedStateMachine):
 
     def holders(self, how: str) -> dict[str | None, str]:
         """{lease: tree} of the leases that the call may name."""
-        held = [i for i in self.among("leased") if self.model[i].until >= self.book.now]
-        return {self.model[i].lease_id: i for i in held + self.among("acked") * (how == "ack")}
+        leased = [i for i in self.among("leased") if self.model[i].until >= self.book.now]
+        return {self.model[i].lease_id: i for i in leased + self.among("acked") * (how == "ack")}
 
     @rule(seconds=st.integers(1, 6))
     def wait(self, seconds: int) -> None:
@@ -169,8 +169,8 @@ class JournalMachine(RuleBasedStateMachine):
     @rule()
     def count(self) -> None:
         self.look_at_the_clock()
-        found = self.book.journal.counts()
-        assert found == {state: len(self.among(state)) for state in State}
+        counts = self.book.journal.counts()
+        assert counts == {state: len(self.among(state)) for state in State}
 
     @invariant()
     def same(self) -> None:

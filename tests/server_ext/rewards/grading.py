@@ -10,8 +10,8 @@ import time
 class OddError(Exception):
     """Pickles, and cannot be unpickled."""
 
-    def __init__(self, one: str, other: str) -> None:
-        super().__init__(one)
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
 
 
 def misbehaving(how: str, text: str = "", answer: str = "") -> float:
@@ -43,5 +43,5 @@ def library_is_loaded() -> float:
 
 
 def own_pid() -> float:
-    """As a fraction, since a reward is at most 1."""
+    """The process id as a fraction, since a reward is at most 1."""
     return os.getpid() / 2**32

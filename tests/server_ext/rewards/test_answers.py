@@ -11,7 +11,7 @@ from server_ext.rewards.math import as_formula, verify_math
 
 
 @pytest.mark.parametrize(
-    ("completion", "found"),
+    ("completion", "expected"),
     [
         (r"so \boxed{ 7 }.", "7"),
         (r"\boxed{1} then \boxed{2}", "2"),
@@ -25,12 +25,12 @@ from server_ext.rewards.math import as_formula, verify_math
         ("", ""),
     ],
 )
-def test_the_boxed_answer(completion, found):
-    assert boxed_answer(completion) == found
+def test_the_boxed_answer(completion, expected):
+    assert boxed_answer(completion) == expected
 
 
 @pytest.mark.parametrize(
-    ("completion", "found"),
+    ("completion", "expected"),
     [
         ("it is 18, not 17.", "17"),
         ("it is $1,234.50 a day", "1,234.50"),
@@ -40,8 +40,8 @@ def test_the_boxed_answer(completion, found):
         ("", ""),
     ],
 )
-def test_the_last_number(completion, found):
-    assert last_number(completion) == found
+def test_the_last_number(completion, expected):
+    assert last_number(completion) == expected
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_plain_numbers_are_compared_as_math_verify_does():
     rng, verdicts = random.Random(0), []
     for _ in range(4000):
         answer = a_number(rng)
-        found = like(answer, rng)
-        verdict = same_number(found, answer)
+        other = like(answer, rng)
+        verdict = same_number(other, answer)
         if verdict is not None:
             verdicts.append(verdict)
-            assert verdict == verify_math(as_formula(found), as_formula(answer)), (found, answer)
+            assert verdict == verify_math(as_formula(other), as_formula(answer)), (other, answer)
     assert len(verdicts) > 2500 and 1000 < sum(verdicts) < len(verdicts) - 500
 
 

@@ -31,7 +31,7 @@ def grade(grader, completion: str, answer: str):
 
 
 @pytest.mark.parametrize(
-    ("completion", "found"),
+    ("completion", "expected"),
     [
         ("so #### 42", "42"),
         ("####42", "42"),
@@ -47,8 +47,8 @@ def grade(grader, completion: str, answer: str):
         ("", ""),
     ],
 )
-def test_the_final_answer(completion, found):
-    assert final_answer(completion, "####") == found
+def test_the_final_answer(completion, expected):
+    assert final_answer(completion, "####") == expected
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ async def test_math(maths, completion, answer, reward):
     ],
 )
 async def test_math_takes_a_bare_latex_reference(maths, answer):
-    """As the MATH data set has them: the same formula is right, boxed and after the marker."""
+    """Answers of the MATH data set: the same formula is right, boxed and after the marker."""
     assert await grade(maths, rf"so \boxed{{{answer}}}.", answer) == 1.0
     assert await grade(maths, f"so\n#### ${answer}$", answer) == 1.0
     assert await grade(maths, f"so\n#### {answer}", answer) == 1.0

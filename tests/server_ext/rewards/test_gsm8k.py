@@ -66,7 +66,7 @@ async def test_math(maths, writing, right):
             number = changed
         completion = WRITINGS[writing](work, number)
         submissions.append(Submission(question, completion, answer))
-    rewards = await asyncio.gather(*(maths.grade(one) for one in submissions))
+    rewards = await asyncio.gather(*(maths.grade(submission) for submission in submissions))
     wrong = [s for s, reward in zip(submissions, rewards, strict=True) if reward != float(right)]
     assert not wrong, (len(wrong), wrong[:3])
 

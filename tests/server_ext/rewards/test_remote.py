@@ -37,7 +37,7 @@ class Service(reward_pb2_grpc.RewardServiceServicer):
         if self.hangs:
             await asyncio.Event().wait()
         return reward_pb2.GradeResponse(
-            rewards=[r for one in request.trajectories for r in self.reward(one)]
+            rewards=[r for sent in request.trajectories for r in self.reward(sent)]
         )
 
 
@@ -140,7 +140,7 @@ async def test_without_an_address_it_is_refused():
 
 
 async def test_partial_credit_reaches_the_tree(service, site):
-    service.reward = lambda one: [0.1 + 0.3 * int(one.completion[-1])]
+    service.reward = lambda sent: [0.1 + 0.3 * int(sent.completion[-1])]
     question = prompt(id="mine", grader="remote")
     *expansions, tree = [e async for e in site.client.sample_events(question)]
     tree.validate()
@@ -151,13 +151,13 @@ async def test_partial_credit_reaches_the_tree(service, site):
     assert tree.rewards().sum() == pytest.approx(total) == pytest.approx(tree.reward_sums[0])
     first = [e.reward for e in expansions if e.round == 1]
     assert tree.first_round_reward == pytest.approx(sum(first) / len(first))
-    assert {(one.tree_id, one.prompt, one.answer) for one in service.seen} == {
+    assert {(sent.tree_id, sent.prompt, sent.answer) for sent in service.seen} == {
         ("mine", "What?", "1")
     }
 
 
 async def status(site: Site) -> tuple[grpc.StatusCode, str]:
-    """Of a call that is not retried."""
+    """A call that is not retried."""
     question = sampling_pb2.SampleTreeRequest(prompt=prompt_to_proto(prompt(grader="remote")))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in site.raw_sampling.SampleTree(question):

@@ -73,8 +73,12 @@ class All(NamedTuple):
 
     async def among_good_ones(self, bombs: list[Submission]) -> list[list[float]]:
         """Rewards of the bombs; the good ones between them must get what they deserve."""
-        mixed = [one for at, bomb in enumerate(bombs) for one in (bomb, GOOD[at % len(GOOD)])]
-        rewards = await asyncio.gather(*(self.grade(one) for one in mixed))
+        mixed = [
+            submission
+            for at, bomb in enumerate(bombs)
+            for submission in (bomb, GOOD[at % len(GOOD)])
+        ]
+        rewards = await asyncio.gather(*(self.grade(submission) for submission in mixed))
         assert [math for _, math, _ in rewards[1::2]] == [1.0] * len(bombs)
         return rewards[::2]
 

@@ -68,8 +68,8 @@ def said(site: Site, tree, node: int) -> str:
 
 
 def majorities(votes: Counter[str]) -> set[str]:
-    given = {answer: count for answer, count in votes.items() if answer}
-    return {answer for answer, count in given.items() if count == max(given.values())}
+    answered = {answer: count for answer, count in votes.items() if answer}
+    return {answer for answer, count in answered.items() if count == max(answered.values())}
 
 
 @pytest.mark.parametrize("schedule", ["rounds", "eager"])

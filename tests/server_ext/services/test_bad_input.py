@@ -191,7 +191,7 @@ async def test_an_unknown_lease_is_not_found(site, lease_id):
 
 
 async def exchange(site: Site, *parts: weights_pb2.PushWeightsRequest) -> None:
-    """By a synchronous channel: the other sort may report its failed write, not the status."""
+    """The channel is synchronous: the other sort may report its failed write, not the status."""
     with grpc.insecure_channel(site.target) as channel:
         call = weights_pb2_grpc.WeightsServiceStub(channel).PushWeights(iter(parts))
         await asyncio.to_thread(list, call)

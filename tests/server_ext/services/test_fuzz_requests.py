@@ -103,7 +103,7 @@ def test_any_prompt_is_a_job_or_names_a_field(tmp_path):
 
 
 async def test_any_bytes_and_any_request_leave_the_server_serving(tmp_path):
-    """Through gRPC: whatever comes ends in a status that clients understand."""
+    """Whatever comes through gRPC ends in a status that clients understand."""
     kinds = {
         "sampling": [sampling_pb2.SampleTreeRequest, sampling_pb2.SubmitPromptsRequest],
         "queue": [
@@ -138,7 +138,7 @@ async def test_any_bytes_and_any_request_leave_the_server_serving(tmp_path):
                 return (await stream.code()).name
             return (await site.channel.unary_unary(method)(request, timeout=20).code()).name
 
-        codes = await asyncio.gather(*(ask(*one) for one in asked))
+        codes = await asyncio.gather(*(ask(*request) for request in asked))
         known = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "DEADLINE_EXCEEDED"}
         messages_end, bytes_end = set(codes[::2]), set(codes[1::2])
         assert messages_end <= known, messages_end

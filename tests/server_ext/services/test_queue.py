@@ -30,38 +30,38 @@ def prompts(*ids: str):
 
 async def leased(site: Site, count: int, **more):
     """Exactly `count` leases, as soon as they are there."""
-    held = []
-    while len(held) < count:
-        held += await site.client.lease_trees(count - len(held), wait_s=10, **more)
-    return held
+    leases = []
+    while len(leases) < count:
+        leases += await site.client.lease_trees(count - len(leases), wait_s=10, **more)
+    return leases
 
 
 async def test_submit_lease_ack(site):
     assert await site.client.submit_prompts(prompts("a", "b", "c")) == (3, 0)
-    held = await leased(site, 3)
-    assert {one.tree.tree_id for one in held} == {"a", "b", "c"}
-    for one in held:
-        one.tree.validate()
-        assert one.returns == 0
-        assert one.tree.prompt == site.tokenizer.encode(f"Question {one.tree.tree_id}?")
-    await site.client.extend_lease([one.lease_id for one in held], lease_s=100)
-    await site.client.ack_trees([held[0].lease_id])
-    await site.client.ack_trees([held[0].lease_id])
-    await site.client.nack_trees([held[1].lease_id], "no")
+    leases = await leased(site, 3)
+    assert {lease.tree.tree_id for lease in leases} == {"a", "b", "c"}
+    for lease in leases:
+        lease.tree.validate()
+        assert lease.returns == 0
+        assert lease.tree.prompt == site.tokenizer.encode(f"Question {lease.tree.tree_id}?")
+    await site.client.extend_lease([lease.lease_id for lease in leases], lease_s=100)
+    await site.client.ack_trees([leases[0].lease_id])
+    await site.client.ack_trees([leases[0].lease_id])
+    await site.client.nack_trees([leases[1].lease_id], "no")
     assert await site.client.queue_stats() == QueueStats(graded=1, leased=1, acked=1)
     (again,) = await leased(site, 1)
-    assert (again.returns, again.tree.tree_id) == (1, held[1].tree.tree_id)
+    assert (again.returns, again.tree.tree_id) == (1, leases[1].tree.tree_id)
 
 
 async def test_the_same_by_the_synchronous_client(site):
     def calls() -> QueueStats:
         with Client(site.target, timeout_s=20) as client:
             assert client.submit_prompts(prompts("a")) == (1, 0)
-            (one,) = client.lease_trees(1, wait_s=10, lease_s=50)
-            client.extend_lease([one.lease_id])
-            client.nack_trees([one.lease_id])
-            (one,) = client.lease_trees(1)
-            client.ack_trees([one.lease_id])
+            (lease,) = client.lease_trees(1, wait_s=10, lease_s=50)
+            client.extend_lease([lease.lease_id])
+            client.nack_trees([lease.lease_id])
+            (lease,) = client.lease_trees(1)
+            client.ack_trees([lease.lease_id])
             assert client.get_weights().model_id == MODEL_ID
             return client.queue_stats()
 
@@ -73,8 +73,8 @@ async def test_submitting_again_is_a_no_op(site):
     assert await site.client.submit_prompts(prompts("a", "b")) == (2, 0)
     assert await site.client.submit_prompts(prompts("a", "b", "c")) == (1, 2)
     site.engine.go_on.set()
-    held = await leased(site, 3)
-    await site.client.ack_trees([one.lease_id for one in held])
+    leases = await leased(site, 3)
+    await site.client.ack_trees([lease.lease_id for lease in leases])
     assert await site.client.submit_prompts(prompts("a", "b")) == (0, 2)
     assert await site.client.lease_trees(3, wait_s=0.1) == []
 
@@ -108,19 +108,19 @@ async def test_waiting_returns_as_soon_as_a_tree_is_graded(site):
     assert not waiting.done()
     began = time.monotonic()
     site.engine.go_on.set()
-    assert [one.tree.tree_id for one in await waiting] == ["a"]
+    assert [lease.tree.tree_id for lease in await waiting] == ["a"]
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.usefixtures("told")
 async def test_waiting_returns_as_soon_as_a_tree_is_given_back(site):
     await site.client.submit_prompts(prompts("a"))
-    (held,) = await leased(site, 1)
+    (lease,) = await leased(site, 1)
     waiting = asyncio.create_task(site.client.lease_trees(1, wait_s=60))
     await asyncio.sleep(0.05)
     began = time.monotonic()
-    await site.client.nack_trees([held.lease_id], "no")
-    assert [one.returns for one in await waiting] == [1]
+    await site.client.nack_trees([lease.lease_id], "no")
+    assert [lease.returns for lease in await waiting] == [1]
     assert time.monotonic() - began < 5
 
 
@@ -128,7 +128,7 @@ async def test_waiting_finds_a_lease_that_runs_out(site):
     await site.client.submit_prompts(prompts("a"))
     await leased(site, 1, lease_s=0.1)
     began = time.monotonic()
-    assert [one.returns for one in await site.client.lease_trees(1, wait_s=60)] == [1]
+    assert [lease.returns for lease in await site.client.lease_trees(1, wait_s=60)] == [1]
     assert time.monotonic() - began < 6
 
 
@@ -146,17 +146,17 @@ async def test_a_call_that_left_while_waiting_leases_nothing(site):
     waiting.cancel()
     await asyncio.sleep(0.05)  # for the server to hear of it
     site.engine.go_on.set()
-    (held,) = await leased(site, 1)
-    assert held.returns == 0
+    (lease,) = await leased(site, 1)
+    assert lease.returns == 0
 
 
 async def test_a_lost_lease_is_named(site):
     await site.client.submit_prompts(prompts("a"))
-    (held,) = await leased(site, 1, lease_s=0.05)
+    (lease,) = await leased(site, 1, lease_s=0.05)
     await asyncio.sleep(0.1)
     for call in (site.client.ack_trees, site.client.nack_trees, site.client.extend_lease):
-        with pytest.raises(RpcFailed, match=held.lease_id) as caught:
-            await call([held.lease_id])
+        with pytest.raises(RpcFailed, match=lease.lease_id) as caught:
+            await call([lease.lease_id])
         assert caught.value.code is grpc.StatusCode.NOT_FOUND
 
 
@@ -164,7 +164,7 @@ async def test_a_lost_lease_is_named(site):
 async def test_bytes_that_are_no_tree_are_dead_with_the_reason_and_the_others_are_leased(
     site, broken
 ):
-    """As a disk may return them; in the same call as whole ones, and alone."""
+    """A disk may return such bytes; in the same call as whole ones, and alone."""
 
     def spoil(journal: Journal) -> None:
         for id_ in broken:
@@ -175,9 +175,9 @@ async def test_bytes_that_are_no_tree_are_dead_with_the_reason_and_the_others_ar
         while (await site.client.queue_stats()).graded < 3:
             await asyncio.sleep(0.01)
     await site.journal(spoil)
-    held = await site.client.lease_trees(3, wait_s=0)
-    assert {one.tree.tree_id for one in held} == {"a", "b", "c"} - set(broken)
-    assert await site.client.queue_stats() == QueueStats(leased=len(held), dead=len(broken))
+    leases = await site.client.lease_trees(3, wait_s=0)
+    assert {lease.tree.tree_id for lease in leases} == {"a", "b", "c"} - set(broken)
+    assert await site.client.queue_stats() == QueueStats(leased=len(leases), dead=len(broken))
     for id_ in broken:
         (reason,) = await site.journal(Journal.reasons, id_)
         assert reason.startswith("the journal's 40 bytes are no tree: ")
@@ -210,8 +210,8 @@ async def test_a_restart_grows_what_was_growing(tmp_path):
     assert len(journal.take(99)) == 8
     journal.close()
     async with Site(tmp_path) as site:
-        held = await leased(site, 8)
-        assert sorted(one.tree.tree_id for one in held) == list("abcdefgh")
+        leases = await leased(site, 8)
+        assert sorted(lease.tree.tree_id for lease in leases) == list("abcdefgh")
 
 
 async def test_a_pushed_version_serves_and_labels_tokens(site):

@@ -143,8 +143,8 @@ async def hung_call(site: Site, **options) -> grpc.aio.Call:
     return call
 
 
-async def test_cancelling_aborts_the_rollouts_and_frees_the_place(site):
-    for _ in range(5):  # more than there are places
+async def test_cancelling_aborts_the_rollouts_and_frees_the_permit(site):
+    for _ in range(5):  # more than there are permits
         call = await hung_call(site)
         call.cancel()
         await until(lambda: not site.engine.running)
@@ -179,7 +179,7 @@ async def test_cancelling_leaves_no_task_behind(site, caplog):
     assert "destroyed but it is pending" not in caplog.text
 
 
-async def test_a_call_that_waits_for_a_place_can_be_cancelled(site):
+async def test_a_call_that_waits_for_a_permit_can_be_cancelled(site):
     open_trees = [await hung_call(site, id=f"{i}") for i in range(2)]
     waiting = asyncio.create_task(site.client.sample_tree(prompt(id="waiting")))
     await until(lambda: site.sampling.interactive == 3)

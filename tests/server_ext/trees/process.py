@@ -19,7 +19,7 @@ CLOSE = 99
 
 
 class Process:
-    """From any prefix: step k with probability `chances[k]`, `depth` steps in all.
+    """Steps after any prefix: step k with probability `chances[k]`, `depth` steps in all.
 
     A step holds its token k + 1 times, then CLOSE, all equally likely. The reward follows from
     the tokens. Rollouts and grades take a few turns of the event loop, so that they end in any
@@ -60,13 +60,13 @@ class Process:
         rng = random.Random(self.seed * 10007 + number)
         kinds = rng.choices(range(len(self.chances)), self.chances, k=self.depth)
         steps = [self.step(k) for k in kinds[tokens.count(CLOSE) :]]
-        kept, left = [], limit
+        within, left = [], limit
         for step in steps:
             if len(step.token_ids) > left:
-                return ([*kept, step.cut(left)[0]] if left else kept), Finish.LENGTH
-            kept.append(step)
+                return ([*within, step.cut(left)[0]] if left else within), Finish.LENGTH
+            within.append(step)
             left -= len(step.token_ids)
-        return kept, Finish.STOP
+        return within, Finish.STOP
 
     async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
         prefix = tree.prefix(start)

@@ -21,7 +21,7 @@ def decode(token_ids) -> str:
 
 
 def closers(separator: str) -> set[int] | None:
-    """As server_ext.trees.text.Tokenizer works them out."""
+    """Closers as server_ext.trees.text.Tokenizer works them out."""
     last = separator[-1]
     return {i for i in range(len(VOCABULARY)) if last in decode([i])} if last.isascii() else None
 
@@ -67,7 +67,7 @@ def test_closers_change_nothing(token_ids, separator):
 
 @given(IDS, IDS)
 def test_more_tokens_change_no_closed_step(token_ids, more):
-    """So a branch from the end of a step is cut as the whole trajectory is."""
+    """A branch from the end of a step is cut as the whole trajectory is."""
     lengths = segmenter().lengths(token_ids)
     closed = lengths if slow_closed(token_ids) else lengths[:-1]
     assert segmenter().lengths(token_ids + more)[: len(closed)] == closed

@@ -72,9 +72,9 @@ def errors(strategy: Strategy) -> dict[str, Floats]:
 
     trees = asyncio.run(grown())
     assert {tree.trajectories for tree in trees} == {12}
-    found = {name: [values(tree, name)[0] for tree in trees] for name in ("mean", "backup")}
-    found["first"] = [tree.first_round_reward for tree in trees]
-    return {name: np.asarray(estimates) - VALUE for name, estimates in found.items()}
+    estimates_of = {name: [values(tree, name)[0] for tree in trees] for name in ("mean", "backup")}
+    estimates_of["first"] = [tree.first_round_reward for tree in trees]
+    return {name: np.asarray(estimates) - VALUE for name, estimates in estimates_of.items()}
 
 
 def standard_errors(error: Floats) -> float:

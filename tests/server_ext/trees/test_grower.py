@@ -101,9 +101,13 @@ async def test_a_round_starts_when_the_whole_round_before_has_ended(numbers):
 
     growth.process.roll = watched
     tree = await growth.grow()
-    assert [n for one in rounds for n in one] == list(range(tree.trajectories))
+    assert [n for numbers_of_round in rounds for n in numbers_of_round] == list(
+        range(tree.trajectories)
+    )
     sizes = Counter(e.round for e in growth.expansions)
-    assert [len(one) for one in rounds] == [sizes[r + 1] for r in range(len(rounds))]
+    assert [len(numbers_of_round) for numbers_of_round in rounds] == [
+        sizes[r + 1] for r in range(len(rounds))
+    ]
     assert [e.round for e in growth.expansions] == sorted(e.round for e in growth.expansions)
     assert len(rounds[0]) == numbers[0]
 
@@ -134,10 +138,10 @@ class Witness:
             form = (o.value_estimator, o.confidence, o.beta, o.zero_value_ratio)
             inner = [n for n in self.slow.nodes() if self.slow.children(n)]
             scores = {n: self.slow.ib_score(n, *form) for n in inner}
-            place = (number - o.init_rollouts) // o.branch_rollouts % o.branch_nodes
+            rank = (number - o.init_rollouts) // o.branch_rollouts % o.branch_nodes
             ranked = sorted(scores.values(), reverse=True)
             # which of nearly equal nodes comes first may hang on the last bit
-            assert math.isclose(scores[path_of(tree, start)], ranked[place], abs_tol=1e-9)
+            assert math.isclose(scores[path_of(tree, start)], ranked[rank], abs_tol=1e-9)
         return await self.roll(tree, start, number)
 
 
@@ -189,13 +193,13 @@ async def test_independent_rollouts_estimate_the_known_values():
     process = Process(seed=5)
     tree = await Growth(process, shape(800, 1, 1, 1, strategy="independent")).grow()
     for estimator in ("mean", "backup"):
-        found = values(tree, estimator)
+        estimates = values(tree, estimator)
         seen = [n for n in range(len(tree)) if tree.visits[n] >= 50]
         assert len(seen) > 5
         for node in seen:
             exact = process.value(tree.prefix(node))
             tolerance = 4 * math.sqrt(exact * (1 - exact) / tree.visits[node])
-            assert abs(found[node] - exact) <= tolerance + 1e-9
+            assert abs(estimates[node] - exact) <= tolerance + 1e-9
 
 
 async def test_a_distinct_trajectory_is_graded_once():

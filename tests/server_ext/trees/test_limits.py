@@ -132,7 +132,7 @@ async def test_a_full_queue_takes_nothing_and_is_tried_again(tmp_path):
 
 
 async def test_calls_go_before_queued_prompts(tmp_path):
-    """A call that comes when all rollouts' places are taken gets the next ones."""
+    """A call that comes when all slots are taken gets the next ones."""
     async with Site(tmp_path, max_rollouts=2) as site:
         site.engine.go_on.clear()
         await site.client.submit_prompts([prompt(id=f"queued{i}") for i in range(4)])

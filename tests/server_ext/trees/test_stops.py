@@ -29,7 +29,7 @@ def test_as_a_search_token_by_token(before, token_ids, stops):
 
 @pytest.mark.parametrize("strategy", ["ib", "independent", "entropy"])
 async def test_a_stop_string_ends_every_trajectory_of_a_tree(tmp_path, strategy):
-    """Also where it lies across a branch's start, which `entropy` splits anywhere."""
+    """It does so also where it lies across a branch's start, which `entropy` splits anywhere."""
     asked = prompt(strategy=strategy, rounds=30, stop=("END",))
     borders = 0
 
@@ -48,7 +48,7 @@ async def test_a_stop_string_ends_every_trajectory_of_a_tree(tmp_path, strategy)
         assert text.endswith("\n\nxEND")
         assert tree.finishes[end] is Finish.STOP
     assert (borders > 0) == (strategy == "entropy")
-    kept = sum(len(tree.prefix(end)) * tree.ends[end] for end in tree.end_nodes())
+    kept_tokens = sum(len(tree.prefix(end)) * tree.ends[end] for end in tree.end_nodes())
     if strategy == "independent":
-        dropped = len(". #") + 1  # and the end of sequence
-        assert tree.ledger.generated_tokens == kept + dropped * tree.trajectories
+        dropped_tokens = len(". #") + 1  # and the end of sequence
+        assert tree.ledger.generated_tokens == kept_tokens + dropped_tokens * tree.trajectories

@@ -1,4 +1,4 @@
-"""Where each strategy branches, and what the schedules keep in flight."""
+"""Strategies: where each branches, and what the schedules keep in flight."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_special_tokens_are_kept_or_left_out(tokenizer):
 @pytest.mark.parametrize("separator", ["\n\n", "\n", ".\n\n", "a\n", ". ", "é", "。\n\n"])
 def test_closers_miss_no_step(tokenizer, separator):
     """The segmenter with closers, against one that tries every token."""
-    found = tokenizer.segmenter(separator)
+    quick = tokenizer.segmenter(separator)
     every = Segmenter(tokenizer.decode, separator, None)
     rng = random.Random(0)
     likely = [t for text in (*PIECES, ". a", " ", "。") for t in tokenizer.encode(text)]
@@ -101,7 +101,7 @@ def test_closers_miss_no_step(tokenizer, separator):
             rng.choice(likely) if rng.random() < 0.9 else rng.randrange(len(tokenizer))
             for _ in range(rng.randrange(12))
         ]
-        assert found.lengths(token_ids) == every.lengths(token_ids), token_ids
+        assert quick.lengths(token_ids) == every.lengths(token_ids), token_ids
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -152,12 +152,12 @@ async def test_no_token_of_a_version_that_was_taken_back_reaches_a_tree(tmp_path
         site.engine.go_on.clear()
         trees = [asyncio.create_task(site.client.sample_tree(prompt(id=f"{i}"))) for i in range(3)]
         await until(lambda: len(site.engine.running) == 9)
-        tried, hold = asyncio.Event(), asyncio.Event()
+        tried, go_on = asyncio.Event(), asyncio.Event()
         score = site.engine.try_out
 
         async def slow(prefix, token) -> float:
             tried.set()
-            await hold.wait()
+            await go_on.wait()
             return await score(prefix, token)
 
         site.engine.try_out = slow
@@ -168,7 +168,7 @@ async def test_no_token_of_a_version_that_was_taken_back_reaches_a_tree(tmp_path
         await until(lambda: not site.engine.running)
         assert not any(tree.done() for tree in trees)
         requests = len(site.engine.requests)
-        hold.set()
+        go_on.set()
         with pytest.raises(RpcFailed, match="canary: version 4") as caught:
             await push
         assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
@@ -187,7 +187,7 @@ async def test_rollouts_beside_a_version_that_is_kept_span_both(tmp_path):
         await site.client.push_weights(version.manifest, version.path)
         site.engine.go_on.set()
         versions = [step.versions for step in (await tree).steps]
-        assert {v for one in versions for v in one} == {0, 4}
+        assert {v for of_step in versions for v in of_step} == {0, 4}
         assert len(site.engine.requests) == len(set(site.engine.requests))
 
 
@@ -197,4 +197,4 @@ def test_the_fake_engine_tells_versions_apart():
     for number in range(6):
         engine.weights = tensors(number)
         seen.append(engine.logprob(IDS[:3], 7))
-    assert len(set(seen)) == 6 and all(-5 < one <= 0 for one in seen)
+    assert len(set(seen)) == 6 and all(-5 < logprob <= 0 for logprob in seen)

@@ -25,8 +25,8 @@ def loaded(served: Served) -> list[list[str]]:
     updates: list[list[str]] = []
     load = served.engine.load
 
-    async def note(given, version) -> None:
-        content = list(given)
+    async def note(changes, version) -> None:
+        content = list(changes)
         updates.append([name for name, _ in content])
         await load(content, version)
 
@@ -35,18 +35,18 @@ def loaded(served: Served) -> list[list[str]]:
 
 
 async def test_a_delta_serves_the_version_to_the_bit(served, base):
-    states, given = watched(served), loaded(served)
+    states, names_loaded = watched(served), loaded(served)
     version = await served.push_delta(base, 4)
     assert states == LIFE
     served.check(4, version)
-    assert given == [["model.a", "model.b"]], "only what changed goes to the engine"
+    assert names_loaded == [["model.a", "model.b"]], "only what changed goes to the engine"
     assert (
         served.updater.serving.digest
         == version_of(served.folder, 4, load_file(version.whole)).manifest.digest
     )
-    kept = served.updater.kept[-1]
-    assert (kept.version, kept.base_version) == (4, 3)
-    assert kept.file_bytes == version.path.stat().st_size
+    newest = served.updater.retained[-1]
+    assert (newest.version, newest.base_version) == (4, 3)
+    assert newest.file_bytes == version.path.stat().st_size
 
 
 async def test_many_in_a_row_then_a_restart(served, base):
@@ -57,11 +57,11 @@ async def test_many_in_a_row_then_a_restart(served, base):
             version, number, *random.Random(number).choices(list(tensors(0)), k=2)
         )
         served.check(number, version)
-        assert len(served.updater.kept[-1].files) <= 8
+        assert len(served.updater.retained[-1].files) <= 8
         if number % 5 == 0:
             await served.restart()
             served.check(number, version)
-    assert {one.base_version is None for one in served.updater.kept} <= {True, False}
+    assert {stored.base_version is None for stored in served.updater.retained} <= {True, False}
     await served.restart()
     served.check(24, version)
     assert len(served.files()) <= 10
@@ -71,23 +71,23 @@ async def test_chains_end_in_a_whole_version(served, base):
     version, wholes = base, []
     for number in range(4, 21):
         version = await served.push_delta(version, number)
-        if served.updater.kept[-1].base_version is None:
+        if served.updater.retained[-1].base_version is None:
             wholes.append(number)
             assert served.stored(number).is_file()
     assert wholes == [11, 19]
 
 
 async def test_a_whole_version_gives_the_engine_only_what_changed(served, base):
-    given = loaded(served)
+    names_loaded = loaded(served)
     content = tensors(3) | {"model.c": tensors(9)["model.c"]}
     await served.push(4, content)
-    assert given == [["model.c"]]
+    assert names_loaded == [["model.c"]]
     served.check(4, content)
 
 
 async def test_a_version_of_the_same_tensors_takes_its_number(served, base):
-    """As after a step without a gradient."""
-    given = loaded(served)
+    """A step without a gradient leads to one."""
+    names_loaded = loaded(served)
     version = delta_of(served.folder, base, 4, "model.a")
     same = replace(
         version_of(served.folder, 4, tensors(3)).manifest,
@@ -97,7 +97,7 @@ async def test_a_version_of_the_same_tensors_takes_its_number(served, base):
     save_file({}, version.path)
     same = replace(same, file_bytes=version.path.stat().st_size)
     await served.updater.push(same, version.source())
-    assert [len(names) for names in given] == [1]
+    assert [len(names) for names in names_loaded] == [1]
     served.check(4, tensors(3))
 
 
@@ -145,7 +145,7 @@ async def test_a_delta_after_a_restart(served, base):
 
 @pytest.mark.parametrize("name", ["model.a", "model.c"])
 async def test_a_result_of_another_digest_is_refused(served, base, name):
-    """Of a tensor that the file changes, and of one that it leaves as it is."""
+    """The digest of a tensor that the file changes, and of one that it leaves as it is."""
     version = delta_of(served.folder, base, 4)
     wrong = tuple(
         replace(t, sha256=bytes(32)) if t.name == name else t for t in version.manifest.tensors

@@ -43,15 +43,15 @@ async def test_the_file_of_a_dropped_version_is_written_over(served, spare):
     served.check(5)
 
 
-@pytest.mark.parametrize("share", [0.4, 0.5, 1.0, 2.0, 2.5])
-async def test_a_spare_of_like_size_is_used_and_leaves_nothing_of_its_own(served, spare, share):
+@pytest.mark.parametrize("ratio", [0.4, 0.5, 1.0, 2.0, 2.5])
+async def test_a_spare_of_like_size_is_used_and_leaves_nothing_of_its_own(served, spare, ratio):
     version = version_of(served.folder, 1)
     size = version.manifest.file_bytes
-    spare.write_bytes(b"x" * round(size * share))
+    spare.write_bytes(b"x" * round(size * ratio))
     before = inode(spare)
     await served.updater.push(version.manifest, version.source())
     assert served.stored(1).read_bytes() == version.path.read_bytes()
-    assert (inode(served.stored(1)) == before) == (0.5 <= share <= 2.0) == (not spare.exists())
+    assert (inode(served.stored(1)) == before) == (0.5 <= ratio <= 2.0) == (not spare.exists())
 
 
 async def test_a_delta_leaves_a_large_spare_alone(served, spare):
@@ -119,7 +119,7 @@ async def test_a_spare_is_given_up_where_the_disk_is_short(served, spare, monkey
 
 
 async def test_a_disk_that_fills_up_on_the_way_leaves_no_file(served, monkeypatch):
-    """As where files that are written over take new blocks."""
+    """The disk is one where files that are written over take new blocks."""
     version = version_of(served.folder, 1)
     with monkeypatch.context() as patched:
         patched.setattr(Inbox, "_allocate", lambda self, _: self._path.symlink_to("/dev/full"))

@@ -74,7 +74,7 @@ def serves(said: dict[str, Any], version: Version) -> str:
 
 @pytest.mark.parametrize("state", LIFE)
 async def test_the_server_killed_in_each_state(tmp_path, state):
-    """In turn with whole versions and deltas; the next server takes up from what was served."""
+    """Whole versions and deltas in turn; the next server takes up from what was served."""
     now = await served_before(tmp_path)
     for kill in range(KILLS):
         number = now.manifest.version + 1

@@ -31,7 +31,7 @@ async def four(served) -> list[Version]:
 
 
 def numbers(served: Served) -> list[int]:
-    return [one.version for one in served.updater.kept]
+    return [stored.version for stored in served.updater.retained]
 
 
 @pytest.mark.parametrize("to", [3, 4, 5])
@@ -41,10 +41,10 @@ async def test_any_kept_version_serves_again_as_the_next_one(served, four, to):
     assert (outcome.version, outcome.restored_version) == (7, to)
     assert outcome.digest == four[to - 3].manifest.digest == served.updater.serving.digest
     assert outcome.pause_s > 0
-    assert states == [one for one in LIFE if one != "received"]
+    assert states == [state for state in LIFE if state != "received"]
     served.check(7, four[to - 3])
     assert numbers(served) == [4, 5, 6, 7]
-    assert [one.restored_version for one in served.updater.kept] == [None, None, None, to]
+    assert [stored.restored_version for stored in served.updater.retained] == [None, None, None, to]
     await served.restart()
     served.check(7, four[to - 3])
 
@@ -134,7 +134,7 @@ async def test_the_commands(tmp_path):
         assert (status["version"], status["digest"]) == (2, delta.manifest.digest.hex())
         assert status["file_bytes"] == delta.path.stat().st_size
         assert status["pause_s"] > 0 and 0 <= status["age_s"] < 60 and status["state"] == "serving"
-        assert [one["base_version"] for one in status["kept"]] == [None, 1]
+        assert [stored["base_version"] for stored in status["kept"]] == [None, 1]
         code, table, err = await ibtpo("weights", *server)
         assert (code, err) == (0, "")
         assert delta.manifest.digest.hex()[:12] in table and "on 1" in table

@@ -34,7 +34,7 @@ def put(store: WeightStore, version: int, *, serve: bool = True, delta: bool = F
 
 
 def versions(store: WeightStore) -> list[int]:
-    return [one.version for one in store.kept]
+    return [stored.version for stored in store.retained]
 
 
 def files(store: WeightStore) -> set[str]:
@@ -49,8 +49,8 @@ def test_a_version_is_kept_and_served_across_re_opening(store):
     put(store, 3)
     again = reopened(store)
     assert again.serving() == Serving(3, DIGEST)
-    assert again.kept == store.kept and again.kept[0].served_at_s == 1.5
-    assert [path.read_bytes() for path in again.files(again.kept[0])] == [b"version 3"]
+    assert again.retained == store.retained and again.retained[0].served_at_s == 1.5
+    assert [path.read_bytes() for path in again.files(again.retained[0])] == [b"version 3"]
     assert files(again) == {"3.safetensors", "serving.json"}
 
 
@@ -79,7 +79,7 @@ def test_what_deltas_build_on_stays_as_long_as_they_do(store):
         put(store, version, delta=True)
     assert versions(store) == [3, 4, 5]
     chain = ["1.safetensors", *(f"{n}.delta.safetensors" for n in (2, 3, 4, 5))]
-    assert [path.name for path in store.files(store.kept[-1])] == chain
+    assert [path.name for path in store.files(store.retained[-1])] == chain
     assert files(store) == {*chain, "serving.json"}
     for version in (6, 7, 8):
         put(store, version)
@@ -115,7 +115,7 @@ def test_a_foreign_file_stays_and_does_not_stop_it(store):
 @pytest.mark.parametrize("link", ["hard", "symbolic"])
 def test_a_file_that_somebody_else_has_too_is_never_written_over(store, tmp_path, link):
     put(store, 1)
-    stored, backup = store.files(store.kept[0])[0], tmp_path / "backup"
+    stored, backup = store.files(store.retained[0])[0], tmp_path / "backup"
     if link == "hard":
         backup.hardlink_to(stored)
     else:
@@ -130,7 +130,7 @@ def test_a_file_that_somebody_else_has_too_is_never_written_over(store, tmp_path
 def test_going_back_to_what_was_kept_before(store):
     for version in (1, 2):
         put(store, version)
-    before = store.kept
+    before = store.retained
     put(store, 3)
     store.put_back(before)
     assert versions(store) == versions(reopened(store)) == [1, 2]
@@ -168,7 +168,7 @@ DISK_CALLS = 12  # two to begin, four to keep a version, four to serve it, two t
 
 @pytest.mark.parametrize("at", range(DISK_CALLS + 1))
 async def test_a_crash_anywhere_leaves_exactly_the_old_or_the_new_version(served, at, monkeypatch):
-    """In a whole push over the file of a dropped one; the new process then takes it again."""
+    """A whole push goes over the file of a dropped one; the new process then takes it again."""
     version = await with_a_spare(served)
     with monkeypatch.context() as patched:
         fuse = Fuse(patched, at, Crash)

@@ -54,7 +54,7 @@ class Way:
     async def refused(self, version: Version, code: grpc.StatusCode, words: str) -> None:
         """It says why, and changes nothing."""
         before = await self.site.client.get_weights()
-        held = {name: tensor.clone() for name, tensor in self.site.engine.weights.items()}
+        loaded = {name: tensor.clone() for name, tensor in self.site.engine.weights.items()}
         with pytest.raises(RpcFailed, match=words) as caught:
             await self.push(version)
         assert caught.value.code is code, str(caught.value)
@@ -64,7 +64,7 @@ class Way:
             before.digest,
             before.kept,
         )
-        for name, tensor in held.items():
+        for name, tensor in loaded.items():
             assert torch.equal(self.site.engine.weights[name], tensor)
 
 
@@ -91,7 +91,7 @@ async def test_whole_versions_and_deltas_of_many_chunks(way, site, small_chunks)
     await way.push(version)
     site.weights.check(4, version)
     served = await site.client.get_weights()
-    assert [(one.version, one.base_version) for one in served.kept] == [(3, None), (4, 3)]
+    assert [(stored.version, stored.base_version) for stored in served.kept] == [(3, None), (4, 3)]
     again = await way.push(version)
     assert (again.version, again.pause_s) == (4, 0.0)
     assert site.engine.updates == [3, 4]
