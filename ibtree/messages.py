@@ -64,6 +64,17 @@ class Expansion:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """What goes on in a growing tree while no rollout ends (fields: Progress in sampling.proto)."""
+
+    rollouts_in_flight: int
+    generated_tokens: int
+    trajectories: int
+    target_trajectories: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
 class TreeLease:
     """A scored tree in hand until its lease runs out; `returns` counts earlier nacks and losses.
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
 from ibtree.cli.output import printable
-from ibtree.messages import Expansion
+from ibtree.messages import Expansion, Progress
 
 _SHOWN_ROLLOUTS = 6
 _FIGURE_CELLS = 24
@@ -22,7 +23,7 @@ class GrowthView:
     """A bar of trajectories, the last rollouts, and the running mean reward."""
 
     def __init__(self) -> None:
-        self._bar = Progress(
+        self._bar = Bar(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("trajectories  mean reward {task.fields[mean]}"),
@@ -31,8 +32,16 @@ class GrowthView:
         self._task = self._bar.add_task("", total=None, mean="-")
         self._last: tuple[Expansion, ...] = ()
         self._rewards: list[float] = []
+        self._progress = ""
 
-    def add(self, event: Expansion) -> None:
+    def add(self, event: Expansion | Progress) -> None:
+        if isinstance(event, Progress):
+            self._progress = (
+                f"{event.rollouts_in_flight} in flight, {event.generated_tokens} tokens so far"
+            )
+            self._bar.update(self._task, total=event.target_trajectories)
+            return
+        self._progress = ""
         self._rewards.append(event.reward)
         self._last = (*self._last, event)[-_SHOWN_ROLLOUTS:]
         self._bar.update(
@@ -58,6 +67,8 @@ class GrowthView:
                 Text(text if len(text) <= room else f"…{text[1 - room :]}"),
             )
         yield table
+        if self._progress:
+            yield Text(self._progress, style="dim")
 
 
 def reward_text(reward: float) -> Text:

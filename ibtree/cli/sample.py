@@ -11,9 +11,10 @@ from typing import Any
 from ibtree.cli.output import Command, print_json
 from ibtree.client import Client
 from ibtree.errors import FieldError
-from ibtree.messages import Chat, ChatMessage, Expansion, Prompt
+from ibtree.messages import Chat, ChatMessage, Expansion, Progress, Prompt
 from ibtree.tree import Tree
 
+Event = Expansion | Progress | Tree
 _OPTIONS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("strategy", str, "where it branches: ib, ib_budget, independent, random, ..."),
     ("schedule", str, "rounds (the paper's) or eager"),
@@ -31,7 +32,11 @@ _OPTIONS: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("temperature", float, "softmax temperature"),
     ("top_p", float, "nucleus mass"),
     ("top_k", int, "tokens kept; -1: all"),
+    ("min_p", float, "least probability, as a fraction of the likeliest token's; 0: none"),
     ("max_new_tokens", int, "per trajectory [tokens]"),
+    ("seed", int, "of the tree; default: one that the server draws"),
+    ("step_rule", str, "text or auto: where steps end"),
+    ("max_step_tokens", int, "a step is closed after that many [tokens]; 0: never"),
 )
 
 
@@ -50,7 +55,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         print_tree(tree, prompt.content)
 
 
-def _watched(events: Iterator[Expansion | Tree]) -> Tree:
+def _watched(events: Iterator[Event]) -> Tree:
     """Shows the rollouts as they come, on a terminal."""
     from rich.console import Console
 
@@ -64,7 +69,7 @@ def _watched(events: Iterator[Expansion | Tree]) -> Tree:
 
 
 def _grown(
-    events: Iterator[Expansion | Tree], show: Callable[[Expansion], None] = lambda _: None
+    events: Iterator[Event], show: Callable[[Expansion | Progress], None] = lambda _: None
 ) -> Tree:
     for event in events:
         if isinstance(event, Tree):
@@ -75,7 +80,7 @@ def _grown(
 
 def _prompt(arguments: argparse.Namespace) -> Prompt:
     values = vars(arguments)
-    names = [name for name, _, _ in _OPTIONS] + ["stop", "stop_token_ids"]
+    names = [name for name, _, _ in _OPTIONS] + ["stop", "stop_token_ids", "separators"]
     options = {name: values[name] for name in names if values[name] is not None}
     stdin = arguments.prompt == "-"
     asked = _text("prompt", sys.stdin.buffer.read() if stdin else os.fsencode(arguments.prompt))
@@ -112,6 +117,9 @@ def _add_options(command: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}", type=kind, metavar=word.upper(), help=text
         )
     group.add_argument("--stop", action="append", metavar="TEXT", help="ends a trajectory")
+    group.add_argument(
+        "--separator", action="append", dest="separators", metavar="TEXT", help="closes a step"
+    )
     group.add_argument(
         "--stop-token-ids", type=int, nargs="+", metavar="ID", help="end a trajectory"
     )

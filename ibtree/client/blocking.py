@@ -15,6 +15,7 @@ from ibtree.messages import (
     CacheAudit,
     CacheState,
     Expansion,
+    Progress,
     Prompt,
     PushOutcome,
     QueueStats,
@@ -72,9 +73,9 @@ class Client:
 
     def sample_events(
         self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
-    ) -> Iterator[Expansion | Tree]:
-        """Grows one tree: an Expansion per finished rollout, at last the Tree. `include_text` asks
-        for the expansions' `text` and the tree's `texts`."""
+    ) -> Iterator[Expansion | Progress | Tree]:
+        """Grows one tree: an Expansion per finished rollout, a Progress in quiet times, at last the
+        Tree. `include_text` asks for the expansions' `text` and the tree's `texts`."""
         return self._stream(calls.sample_tree(prompt, include_text, tree_only=False), timeout_s)
 
     def sample_tree(

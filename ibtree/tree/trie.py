@@ -74,6 +74,7 @@ class Ledger:
     queue_s: float = 0.0
     refilled_tokens: int = 0
     protected_tokens: int = 0
+    seed: int = 0
 
 
 _ROOT = Step.__new__(Step)  # the one step without tokens
@@ -105,6 +106,8 @@ class Tree:
     reward_sums: list[float] = field(default_factory=lambda: [0.0])
     finishes: list[Finish] = field(default_factory=lambda: [Finish.NONE])
     born: list[int] = field(default_factory=lambda: [0])
+    step_unit: str = ""
+    """What closed its steps: text, paragraph, line or sentence; empty: unknown."""
     texts: list[str] = field(default_factory=list)
     """The text of each node, where the tree came over the wire with them."""
     _children: list[dict[tuple[int, ...], int]] = field(default_factory=lambda: [{}])

@@ -13,6 +13,7 @@ from ibtree.messages import (
     CacheAudit,
     CacheState,
     Expansion,
+    Progress,
     Prompt,
     PushOutcome,
     QueueStats,
@@ -83,7 +84,9 @@ SERVICES = ("TreeSamplingService", "TreeQueueService", "WeightsService", "CacheS
 """The services of an ibtpo-server; RewardService is the user's own."""
 
 
-def sample_tree(prompt: Prompt, include_text: bool, tree_only: bool) -> Call[Expansion | Tree]:
+def sample_tree(
+    prompt: Prompt, include_text: bool, tree_only: bool
+) -> Call[Expansion | Progress | Tree]:
     request = sampling_pb2.SampleTreeRequest(
         prompt=messages.prompt_to_proto(prompt), include_text=include_text, tree_only=tree_only
     )

@@ -15,6 +15,7 @@ from ibtree.messages import (
     ChatMessage,
     Expansion,
     KeptWeights,
+    Progress,
     Prompt,
     PushOutcome,
     QueueStats,
@@ -78,9 +79,15 @@ def expansion_to_proto(event: Expansion) -> sampling_pb2.Expansion:
     )
 
 
-def event_from_proto(message: sampling_pb2.SampleTreeResponse) -> Expansion | Tree:
+def progress_to_proto(progress: Progress) -> sampling_pb2.Progress:
+    return sampling_pb2.Progress(**asdict(progress))
+
+
+def event_from_proto(message: sampling_pb2.SampleTreeResponse) -> Expansion | Progress | Tree:
     if message.HasField("tree"):
         return tree_from_proto(message.tree)
+    if message.HasField("progress"):
+        return Progress(**{f.name: getattr(message.progress, f.name) for f in fields(Progress)})
     names = [f.name for f in fields(Expansion) if f.name != "finish"]
     values = {name: getattr(message.expansion, name) for name in names}
     return Expansion(finish=Finish(message.expansion.finish_reason), **values)

@@ -62,6 +62,7 @@ def tree_to_proto(tree: Tree, text: Callable[[tuple[int, ...]], str] | None = No
         tree_id=tree.tree_id,
         model_id=tree.model_id,
         answer=tree.answer,
+        step_unit=tree.step_unit,
         first_round_reward=tree.first_round_reward,
         prompt_token_ids=tree.prompt,
         parents=[index_of[tree.parents[n]] for n in nodes],
@@ -104,6 +105,7 @@ def tree_from_proto(message: pb.Tree) -> Tree:
         tree_id=message.tree_id,
         model_id=message.model_id,
         answer=message.answer,
+        step_unit=message.step_unit,
         first_round_reward=(
             message.first_round_reward if message.HasField("first_round_reward") else None
         ),

@@ -5,7 +5,7 @@ import warnings
 
 from ibtree.wire.v1 import cache_pb2 as ibtree_dot_v1_dot_cache__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class CacheServiceStub:
+class CacheServiceStub(object):
     """The radix cache that open trees share their prefixes in.
     """
 
@@ -47,7 +47,7 @@ class CacheServiceStub:
                 _registered_method=True)
 
 
-class CacheServiceServicer:
+class CacheServiceServicer(object):
     """The radix cache that open trees share their prefixes in.
     """
 
@@ -87,7 +87,7 @@ def add_CacheServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class CacheService:
+class CacheService(object):
     """The radix cache that open trees share their prefixes in.
     """
 

@@ -5,7 +5,7 @@ import warnings
 
 from ibtree.wire.v1 import queue_pb2 as ibtree_dot_v1_dot_queue__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class TreeQueueServiceStub:
+class TreeQueueServiceStub(object):
     """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
     runs out or is nacked returns the tree to graded; after too many nacks or failures it is dead.
     """
@@ -63,7 +63,7 @@ class TreeQueueServiceStub:
                 _registered_method=True)
 
 
-class TreeQueueServiceServicer:
+class TreeQueueServiceServicer(object):
     """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
     runs out or is nacked returns the tree to graded; after too many nacks or failures it is dead.
     """
@@ -141,7 +141,7 @@ def add_TreeQueueServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class TreeQueueService:
+class TreeQueueService(object):
     """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
     runs out or is nacked returns the tree to graded; after too many nacks or failures it is dead.
     """

@@ -5,7 +5,7 @@ import warnings
 
 from ibtree.wire.v1 import reward_pb2 as ibtree_dot_v1_dot_reward__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class RewardServiceStub:
+class RewardServiceStub(object):
     """Implemented by users: grades finished trajectories for the grader "remote".
     """
 
@@ -42,7 +42,7 @@ class RewardServiceStub:
                 _registered_method=True)
 
 
-class RewardServiceServicer:
+class RewardServiceServicer(object):
     """Implemented by users: grades finished trajectories for the grader "remote".
     """
 
@@ -69,7 +69,7 @@ def add_RewardServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class RewardService:
+class RewardService(object):
     """Implemented by users: grades finished trajectories for the grader "remote".
     """
 

@@ -234,11 +234,52 @@ class Expansion(_message.Message):
 Global___Expansion: _TypeAlias = Expansion  # noqa: Y015
 
 @_typing.final
+class Progress(_message.Message):
+    """What goes on while no rollout ends; comes at least every 15 seconds, after an Expansion or not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLLOUTS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    TRAJECTORIES_FIELD_NUMBER: _builtins.int
+    TARGET_TRAJECTORIES_FIELD_NUMBER: _builtins.int
+    ELAPSED_S_FIELD_NUMBER: _builtins.int
+    rollouts_in_flight: _builtins.int
+    """Rollouts in the engine now."""
+    generated_tokens: _builtins.int
+    """Tokens generated for the tree so far, those of unfinished rollouts included, these up to the
+    last 50 or so. [tokens]
+    """
+    trajectories: _builtins.int
+    """Finished trajectories in the tree."""
+    target_trajectories: _builtins.int
+    """Trajectories the tree is to hold."""
+    elapsed_s: _builtins.float
+    """Since the call came. [seconds]"""
+    def __init__(
+        self,
+        *,
+        rollouts_in_flight: _builtins.int = ...,
+        generated_tokens: _builtins.int = ...,
+        trajectories: _builtins.int = ...,
+        target_trajectories: _builtins.int = ...,
+        elapsed_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_s", b"elapsed_s", "generated_tokens", b"generated_tokens", "rollouts_in_flight", b"rollouts_in_flight", "target_trajectories", b"target_trajectories", "trajectories", b"trajectories"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
 class SampleTreeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EXPANSION_FIELD_NUMBER: _builtins.int
     TREE_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def expansion(self) -> Global___Expansion:
         """A rollout has finished."""
@@ -247,17 +288,22 @@ class SampleTreeResponse(_message.Message):
     def tree(self) -> _tree_pb2.Tree:
         """The last message of the stream."""
 
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """Nothing has finished for a while. Sent with `tree_only` too."""
+
     def __init__(
         self,
         *,
         expansion: Global___Expansion | None = ...,
         tree: _tree_pb2.Tree | None = ...,
+        progress: Global___Progress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "expansion", b"expansion", "tree", b"tree"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "expansion", b"expansion", "progress", b"progress", "tree", b"tree"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "expansion", b"expansion", "tree", b"tree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "expansion", b"expansion", "progress", b"progress", "tree", b"tree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["expansion", "tree"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["expansion", "tree", "progress"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -5,7 +5,7 @@ import warnings
 
 from ibtree.wire.v1 import sampling_pb2 as ibtree_dot_v1_dot_sampling__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class TreeSamplingServiceStub:
+class TreeSamplingServiceStub(object):
     """Grows trees.
     """
 
@@ -47,12 +47,13 @@ class TreeSamplingServiceStub:
                 _registered_method=True)
 
 
-class TreeSamplingServiceServicer:
+class TreeSamplingServiceServicer(object):
     """Grows trees.
     """
 
     def SampleTree(self, request, context):
-        """Grows one tree and streams it: an Expansion per finished rollout, then the tree. Cancelling
+        """Grows one tree and streams it: an Expansion per finished rollout, a Progress in quiet times,
+        then the tree. Cancelling
         the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
         INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
         already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
@@ -92,7 +93,7 @@ def add_TreeSamplingServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class TreeSamplingService:
+class TreeSamplingService(object):
     """Grows trees.
     """
 

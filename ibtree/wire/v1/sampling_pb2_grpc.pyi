@@ -34,7 +34,8 @@ class TreeSamplingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TreeSamplingServiceAsyncStub: ...
     SampleTree: _grpc.UnaryStreamMultiCallable[_sampling_pb2.SampleTreeRequest, _sampling_pb2.SampleTreeResponse]
-    """Grows one tree and streams it: an Expansion per finished rollout, then the tree. Cancelling
+    """Grows one tree and streams it: an Expansion per finished rollout, a Progress in quiet times,
+    then the tree. Cancelling
     the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
     INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
     already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
@@ -52,7 +53,8 @@ class TreeSamplingServiceAsyncStub(TreeSamplingServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     SampleTree: _aio.UnaryStreamMultiCallable[_sampling_pb2.SampleTreeRequest, _sampling_pb2.SampleTreeResponse]  # type: ignore[assignment]
-    """Grows one tree and streams it: an Expansion per finished rollout, then the tree. Cancelling
+    """Grows one tree and streams it: an Expansion per finished rollout, a Progress in quiet times,
+    then the tree. Cancelling
     the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
     INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
     already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
@@ -73,7 +75,8 @@ class TreeSamplingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sampling_pb2.SampleTreeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sampling_pb2.SampleTreeResponse], _abc.AsyncIterator[_sampling_pb2.SampleTreeResponse]]:
-        """Grows one tree and streams it: an Expansion per finished rollout, then the tree. Cancelling
+        """Grows one tree and streams it: an Expansion per finished rollout, a Progress in quiet times,
+        then the tree. Cancelling
         the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
         INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
         already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]

@@ -95,6 +95,7 @@ class SamplingOptions(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Softmax temperature, > 0. Log-probabilities on the wire are at this temperature."""
     top_p: _builtins.float
@@ -103,6 +104,8 @@ class SamplingOptions(_message.Message):
     """Number of most likely tokens kept, >= 1; -1 keeps every token."""
     max_new_tokens: _builtins.int
     """Most generated tokens of one trajectory, counted from the prompt's end, >= 1."""
+    min_p: _builtins.float
+    """Tokens less likely than min_p times the most likely one are dropped; in [0, 1), 0 keeps all."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that end a trajectory, at most 16 of 1 to 256 characters each. Empty: the server's
@@ -124,13 +127,16 @@ class SamplingOptions(_message.Message):
         max_new_tokens: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        min_p: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_new_tokens", b"max_new_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_min_p", b"_min_p", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_new_tokens", b"max_new_tokens", "min_p", b"min_p", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_new_tokens", b"max_new_tokens", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_min_p", b"_min_p", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_new_tokens", b"max_new_tokens", "min_p", b"min_p", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_new_tokens: _TypeAlias = _typing.Literal["max_new_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_new_tokens: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
+    _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
@@ -139,6 +145,8 @@ class SamplingOptions(_message.Message):
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_new_tokens) -> _WhichOneofReturnType__max_new_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @_typing.overload
@@ -168,6 +176,10 @@ class TreeOptions(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     MAX_GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_TRAJECTORIES_FIELD_NUMBER: _builtins.int
+    STEP_RULE_FIELD_NUMBER: _builtins.int
+    SEPARATORS_FIELD_NUMBER: _builtins.int
+    MAX_STEP_TOKENS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     strategy: _builtins.str
     """Name of a branching strategy: "ib", "ib_budget", "independent", "random", "fixed_width",
     "entropy", or one that is installed on the server.
@@ -198,9 +210,26 @@ class TreeOptions(_message.Message):
     """Generated tokens after which no rollout is started, >= 1. Absent: no limit."""
     max_trajectories: _builtins.int
     """Trajectories after which the tree ends although its shape holds more, >= 1. Absent: no limit."""
+    step_rule: _builtins.str
+    """How trajectories are cut into steps: "text" (at the texts in `separators`) or "auto" (at
+    paragraphs; at lines where the tree's first rollouts have a median of one step; at sentences
+    where they still do).
+    """
+    max_step_tokens: _builtins.int
+    """A step is closed after so many tokens in any case, >= 0. [tokens] 0: never."""
+    seed: _builtins.int
+    """Seed of the tree; rollout number i is sampled with seed + i (mod 2^63), where the engine takes
+    seeds (its deterministic mode). Below 2^63. Absent: the server draws one, see Ledger.seed.
+    """
     @_builtins.property
     def sampling(self) -> Global___SamplingOptions:
         """How tokens are drawn. Absent: the server's defaults."""
+
+    @_builtins.property
+    def separators(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Texts that close a step under the rule "text", at most 16 of 1 to 256 characters each. Empty:
+        the server's default, a blank line.
+        """
 
     def __init__(
         self,
@@ -219,10 +248,14 @@ class TreeOptions(_message.Message):
         deadline_s: _builtins.float | None = ...,
         max_generated_tokens: _builtins.int | None = ...,
         max_trajectories: _builtins.int | None = ...,
+        step_rule: _builtins.str | None = ...,
+        separators: _abc.Iterable[_builtins.str] | None = ...,
+        max_step_tokens: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_branch_nodes", b"_branch_nodes", "_branch_rollouts", b"_branch_rollouts", "_confidence", b"_confidence", "_deadline_s", b"_deadline_s", "_init_rollouts", b"_init_rollouts", "_max_generated_tokens", b"_max_generated_tokens", "_max_trajectories", b"_max_trajectories", "_rounds", b"_rounds", "_schedule", b"_schedule", "_strategy", b"_strategy", "_value_estimator", b"_value_estimator", "_zero_value_ratio", b"_zero_value_ratio", "beta", b"beta", "branch_nodes", b"branch_nodes", "branch_rollouts", b"branch_rollouts", "confidence", b"confidence", "deadline_s", b"deadline_s", "init_rollouts", b"init_rollouts", "max_generated_tokens", b"max_generated_tokens", "max_trajectories", b"max_trajectories", "rounds", b"rounds", "sampling", b"sampling", "schedule", b"schedule", "strategy", b"strategy", "value_estimator", b"value_estimator", "zero_value_ratio", b"zero_value_ratio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_branch_nodes", b"_branch_nodes", "_branch_rollouts", b"_branch_rollouts", "_confidence", b"_confidence", "_deadline_s", b"_deadline_s", "_init_rollouts", b"_init_rollouts", "_max_generated_tokens", b"_max_generated_tokens", "_max_step_tokens", b"_max_step_tokens", "_max_trajectories", b"_max_trajectories", "_rounds", b"_rounds", "_schedule", b"_schedule", "_seed", b"_seed", "_step_rule", b"_step_rule", "_strategy", b"_strategy", "_value_estimator", b"_value_estimator", "_zero_value_ratio", b"_zero_value_ratio", "beta", b"beta", "branch_nodes", b"branch_nodes", "branch_rollouts", b"branch_rollouts", "confidence", b"confidence", "deadline_s", b"deadline_s", "init_rollouts", b"init_rollouts", "max_generated_tokens", b"max_generated_tokens", "max_step_tokens", b"max_step_tokens", "max_trajectories", b"max_trajectories", "rounds", b"rounds", "sampling", b"sampling", "schedule", b"schedule", "seed", b"seed", "step_rule", b"step_rule", "strategy", b"strategy", "value_estimator", b"value_estimator", "zero_value_ratio", b"zero_value_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_branch_nodes", b"_branch_nodes", "_branch_rollouts", b"_branch_rollouts", "_confidence", b"_confidence", "_deadline_s", b"_deadline_s", "_init_rollouts", b"_init_rollouts", "_max_generated_tokens", b"_max_generated_tokens", "_max_trajectories", b"_max_trajectories", "_rounds", b"_rounds", "_schedule", b"_schedule", "_strategy", b"_strategy", "_value_estimator", b"_value_estimator", "_zero_value_ratio", b"_zero_value_ratio", "beta", b"beta", "branch_nodes", b"branch_nodes", "branch_rollouts", b"branch_rollouts", "confidence", b"confidence", "deadline_s", b"deadline_s", "init_rollouts", b"init_rollouts", "max_generated_tokens", b"max_generated_tokens", "max_trajectories", b"max_trajectories", "rounds", b"rounds", "sampling", b"sampling", "schedule", b"schedule", "strategy", b"strategy", "value_estimator", b"value_estimator", "zero_value_ratio", b"zero_value_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_branch_nodes", b"_branch_nodes", "_branch_rollouts", b"_branch_rollouts", "_confidence", b"_confidence", "_deadline_s", b"_deadline_s", "_init_rollouts", b"_init_rollouts", "_max_generated_tokens", b"_max_generated_tokens", "_max_step_tokens", b"_max_step_tokens", "_max_trajectories", b"_max_trajectories", "_rounds", b"_rounds", "_schedule", b"_schedule", "_seed", b"_seed", "_step_rule", b"_step_rule", "_strategy", b"_strategy", "_value_estimator", b"_value_estimator", "_zero_value_ratio", b"_zero_value_ratio", "beta", b"beta", "branch_nodes", b"branch_nodes", "branch_rollouts", b"branch_rollouts", "confidence", b"confidence", "deadline_s", b"deadline_s", "init_rollouts", b"init_rollouts", "max_generated_tokens", b"max_generated_tokens", "max_step_tokens", b"max_step_tokens", "max_trajectories", b"max_trajectories", "rounds", b"rounds", "sampling", b"sampling", "schedule", b"schedule", "seed", b"seed", "separators", b"separators", "step_rule", b"step_rule", "strategy", b"strategy", "value_estimator", b"value_estimator", "zero_value_ratio", b"zero_value_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
     _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
@@ -238,12 +271,18 @@ class TreeOptions(_message.Message):
     _WhichOneofArgType__init_rollouts: _TypeAlias = _typing.Literal["_init_rollouts", b"_init_rollouts"]  # noqa: Y015
     _WhichOneofReturnType__max_generated_tokens: _TypeAlias = _typing.Literal["max_generated_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_generated_tokens: _TypeAlias = _typing.Literal["_max_generated_tokens", b"_max_generated_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_step_tokens: _TypeAlias = _typing.Literal["max_step_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_step_tokens: _TypeAlias = _typing.Literal["_max_step_tokens", b"_max_step_tokens"]  # noqa: Y015
     _WhichOneofReturnType__max_trajectories: _TypeAlias = _typing.Literal["max_trajectories"]  # noqa: Y015
     _WhichOneofArgType__max_trajectories: _TypeAlias = _typing.Literal["_max_trajectories", b"_max_trajectories"]  # noqa: Y015
     _WhichOneofReturnType__rounds: _TypeAlias = _typing.Literal["rounds"]  # noqa: Y015
     _WhichOneofArgType__rounds: _TypeAlias = _typing.Literal["_rounds", b"_rounds"]  # noqa: Y015
     _WhichOneofReturnType__schedule: _TypeAlias = _typing.Literal["schedule"]  # noqa: Y015
     _WhichOneofArgType__schedule: _TypeAlias = _typing.Literal["_schedule", b"_schedule"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__step_rule: _TypeAlias = _typing.Literal["step_rule"]  # noqa: Y015
+    _WhichOneofArgType__step_rule: _TypeAlias = _typing.Literal["_step_rule", b"_step_rule"]  # noqa: Y015
     _WhichOneofReturnType__strategy: _TypeAlias = _typing.Literal["strategy"]  # noqa: Y015
     _WhichOneofArgType__strategy: _TypeAlias = _typing.Literal["_strategy", b"_strategy"]  # noqa: Y015
     _WhichOneofReturnType__value_estimator: _TypeAlias = _typing.Literal["value_estimator"]  # noqa: Y015
@@ -265,11 +304,17 @@ class TreeOptions(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_generated_tokens) -> _WhichOneofReturnType__max_generated_tokens | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_step_tokens) -> _WhichOneofReturnType__max_step_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_trajectories) -> _WhichOneofReturnType__max_trajectories | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rounds) -> _WhichOneofReturnType__rounds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__schedule) -> _WhichOneofReturnType__schedule | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_rule) -> _WhichOneofReturnType__step_rule | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__strategy) -> _WhichOneofReturnType__strategy | None: ...
     @_typing.overload
@@ -293,6 +338,7 @@ class Ledger(_message.Message):
     QUEUE_S_FIELD_NUMBER: _builtins.int
     REFILLED_TOKENS_FIELD_NUMBER: _builtins.int
     PROTECTED_TOKENS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     generated_tokens: _builtins.int
     """Tokens the engine generated for this tree, dropped rollouts included. [tokens]"""
     unique_tokens: _builtins.int
@@ -313,6 +359,8 @@ class Ledger(_message.Message):
     """Tokens the radix cache held for the tree when it ended. [tokens] 0 after a weight update
     that none of its rollouts outlived.
     """
+    seed: _builtins.int
+    """Seed the tree was grown with (TreeOptions.seed). 0 may also mean: grown before there were any."""
     def __init__(
         self,
         *,
@@ -324,10 +372,11 @@ class Ledger(_message.Message):
         queue_s: _builtins.float = ...,
         refilled_tokens: _builtins.int = ...,
         protected_tokens: _builtins.int = ...,
+        seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "generated_tokens", b"generated_tokens", "prefix_tokens", b"prefix_tokens", "protected_tokens", b"protected_tokens", "queue_s", b"queue_s", "refilled_tokens", b"refilled_tokens", "unique_tokens", b"unique_tokens", "wall_s", b"wall_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "generated_tokens", b"generated_tokens", "prefix_tokens", b"prefix_tokens", "protected_tokens", b"protected_tokens", "queue_s", b"queue_s", "refilled_tokens", b"refilled_tokens", "seed", b"seed", "unique_tokens", b"unique_tokens", "wall_s", b"wall_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -364,6 +413,7 @@ class Tree(_message.Message):
     ANSWER_FIELD_NUMBER: _builtins.int
     FIRST_ROUND_REWARD_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
+    STEP_UNIT_FIELD_NUMBER: _builtins.int
     tree_id: _builtins.str
     """Id of the prompt (SubmitPrompts) or of the call (SampleTree)."""
     model_id: _builtins.str
@@ -376,6 +426,8 @@ class Tree(_message.Message):
     """Mean reward in [0, 1] of the first round's rollouts: not inflated by branching where rewards
     are high, as the mean over all is. Absent: unknown.
     """
+    step_unit: _builtins.str
+    """What closed its steps: "text", "paragraph", "line" or "sentence". Empty: unknown."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt's token ids, chat template applied."""
@@ -473,10 +525,11 @@ class Tree(_message.Message):
         answer: _builtins.str = ...,
         first_round_reward: _builtins.float | None = ...,
         texts: _abc.Iterable[_builtins.str] | None = ...,
+        step_unit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_round_reward", b"_first_round_reward", "first_round_reward", b"first_round_reward", "ledger", b"ledger", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_round_reward", b"_first_round_reward", "answer", b"answer", "draws", b"draws", "ends", b"ends", "finish_reasons", b"finish_reasons", "first_round_reward", b"first_round_reward", "ib_scores", b"ib_scores", "ledger", b"ledger", "logprobs", b"logprobs", "model_id", b"model_id", "options", b"options", "parents", b"parents", "prompt_token_ids", b"prompt_token_ids", "reward_sums", b"reward_sums", "span_lengths", b"span_lengths", "span_versions", b"span_versions", "starts", b"starts", "stop_cause", b"stop_cause", "texts", b"texts", "token_ids", b"token_ids", "token_offsets", b"token_offsets", "tree_id", b"tree_id", "visits", b"visits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_round_reward", b"_first_round_reward", "answer", b"answer", "draws", b"draws", "ends", b"ends", "finish_reasons", b"finish_reasons", "first_round_reward", b"first_round_reward", "ib_scores", b"ib_scores", "ledger", b"ledger", "logprobs", b"logprobs", "model_id", b"model_id", "options", b"options", "parents", b"parents", "prompt_token_ids", b"prompt_token_ids", "reward_sums", b"reward_sums", "span_lengths", b"span_lengths", "span_versions", b"span_versions", "starts", b"starts", "step_unit", b"step_unit", "stop_cause", b"stop_cause", "texts", b"texts", "token_ids", b"token_ids", "token_offsets", b"token_offsets", "tree_id", b"tree_id", "visits", b"visits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_round_reward: _TypeAlias = _typing.Literal["first_round_reward"]  # noqa: Y015
     _WhichOneofArgType__first_round_reward: _TypeAlias = _typing.Literal["_first_round_reward", b"_first_round_reward"]  # noqa: Y015

@@ -5,7 +5,7 @@ import warnings
 
 from ibtree.wire.v1 import weights_pb2 as ibtree_dot_v1_dot_weights__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -25,7 +25,7 @@ if _version_not_supported:
     )
 
 
-class WeightsServiceStub:
+class WeightsServiceStub(object):
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
     serving; or rejected at any point with the old version still serving. Versions only grow.
     """
@@ -53,7 +53,7 @@ class WeightsServiceStub:
                 _registered_method=True)
 
 
-class WeightsServiceServicer:
+class WeightsServiceServicer(object):
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
     serving; or rejected at any point with the old version still serving. Versions only grow.
     """
@@ -114,7 +114,7 @@ def add_WeightsServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class WeightsService:
+class WeightsService(object):
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
     serving; or rejected at any point with the old version still serving. Versions only grow.
     """
