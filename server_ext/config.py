@@ -56,8 +56,9 @@ class ServerConfig(Settings):
     reward_timeout_s: float = Field(default=60.0, gt=0)
     """Deadline of a call to it, retries included; a tree whose trajectory got no reward fails."""
 
-    max_open_trees: int = Field(default=64, ge=1)
-    """Trees of queued prompts growing at once; more wait."""
+    max_open_trees: int = Field(default=0, ge=0)
+    """Most trees of queued prompts growing at once; more wait. 0: as many as keep max_rollouts in
+    flight."""
     max_calls: int = Field(default=64, ge=1)
     """Trees of SampleTree calls growing at once; their rollouts go before those of other trees."""
     max_waiting_calls: int = Field(default=256, ge=0)

@@ -35,6 +35,11 @@ class Admission:
         self._open: set[Reservation] = set()
         self._line: list[Reservation] = []
 
+    @property
+    def waiting(self) -> int:
+        """Trees that wait for room."""
+        return len(self._line)
+
     @asynccontextmanager
     async def reserve(
         self, prompt_tokens: int, most_tokens: int, *, urgent: bool = False

@@ -17,6 +17,26 @@ class Slots:
         self._in_flight: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         self._urgent: set[str] = set()
+        self._idle: list[asyncio.Future[None]] = []
+        """Those who wait for slots that nobody claims."""
+
+    @property
+    def unclaimed(self) -> int:
+        """Slots that are free although no rollout waits."""
+        return 0 if self._waiting else self._free
+
+    async def changed(self) -> None:
+        """Returns when a slot was given, left, or claimed."""
+        change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle.append(change)
+        await change
+
+    def tell(self) -> None:
+        """Wakes those who wait for a change."""
+        waiting, self._idle = self._idle, []
+        for change in waiting:
+            if not change.done():
+                change.set_result(None)
 
     @property
     def in_flight(self) -> int:
@@ -31,6 +51,7 @@ class Slots:
         if urgent:
             self._urgent.add(tree)
         self._grant()
+        self.tell()
         try:
             await turn
             yield
@@ -73,3 +94,4 @@ class Slots:
             if tree not in self._waiting:
                 self._urgent.discard(tree)
         self._grant()
+        self.tell()

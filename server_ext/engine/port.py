@@ -50,8 +50,15 @@ class Engine(Protocol):
     trees: TreeCache
 
     async def generate(
-        self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
+        self,
+        rid: str,
+        token_ids: Sequence[int],
+        sampling: SamplingOptions,
+        max_new_tokens: int,
+        seed: int = 0,
     ) -> Completion: ...
+
+    def generated_tokens(self, rid: str) -> int: ...
 
     def abort(self, rid: str) -> None: ...
 

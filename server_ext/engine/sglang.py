@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 _BUCKET_BYTES = 512 * 1024 * 1024
-_SCORING = {"max_new_tokens": 1, "temperature": 1.0}
+_NEUTRAL = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+"""Said in every request, so that a folder's generation_config.json changes nothing."""
+_SCORING = {"max_new_tokens": 1, "temperature": 1.0, "min_p": 0.0, **_NEUTRAL}
 _SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -63,6 +65,7 @@ class SglangEngine:
         self.context_tokens = int(config.context_len)
         self.dtype = _SAFETENSORS_DTYPES[str(config.dtype).removeprefix("torch.")]
         self._tp_size = int(server_args.tp_size)
+        self._deterministic = bool(server_args.enable_deterministic_inference)
         self.trees = self._tree_cache(int(server_args.dp_size))
         self._drain_timeout_s = drain_timeout_s if switch == "drain" else None
         self._gate = Gate()
@@ -90,7 +93,12 @@ class SglangEngine:
         return trees
 
     async def generate(
-        self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
+        self,
+        rid: str,
+        token_ids: Sequence[int],
+        sampling: SamplingOptions,
+        max_new_tokens: int,
+        seed: int = 0,
     ) -> Completion:
         """Generates for one request; cancelling the caller aborts it. What weights gave that were
         taken back is thrown away and generated again. Raises EngineError."""
@@ -98,9 +106,13 @@ class SglangEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "max_new_tokens": max_new_tokens,
             "skip_special_tokens": False,
+            **_NEUTRAL,
         }
+        if self._deterministic:  # else SGLang would sample every rollout with one seed
+            parameters["sampling_seed"] = seed
         if sampling.stop or sampling.stop_token_ids:
             parameters |= {
                 "stop": list(sampling.stop),
@@ -156,6 +168,12 @@ class SglangEngine:
         except ValueError as error:
             raise EngineError(f"request {rid}: {error}") from error
         return out
+
+    def generated_tokens(self, rid: str) -> int:
+        """Tokens a request under way has generated, as far as SGLang has said: it does so every 50
+        or so."""
+        state = self._engine.tokenizer_manager.rid_to_state.get(self._names.get(rid, rid))
+        return 0 if state is None else len(state.output_ids)
 
     async def most_running(self) -> int:
         """Requests that it runs at once; more would wait in its own queue, in order."""

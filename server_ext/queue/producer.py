@@ -12,6 +12,7 @@ from ibtree.tree import Tree
 from server_ext.queue.journal import Journal, Queued, State
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.trees.forest import Forest
+from server_ext.trees.job import Job
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Producer:
             while True:
                 await self._wake.wait()
                 await self._forest.permits.acquire()
+                await self._forest.wants_tree()
                 self._wake.clear()  # before looking: a prompt that comes now sets it again
                 queued = await self._journal(Journal.take, 1)
                 if queued:
@@ -66,14 +68,33 @@ class Producer:
                 else:
                     self._forest.permits.release()
 
+    async def _grown(self, queued: Queued) -> Tree:
+        """The prompt's tree. Until it begins, its first rollouts count as claimed."""
+        first = self._forest.defaults.init_rollouts
+        self._forest.expect(first)
+
+        def began() -> None:
+            nonlocal first
+            self._forest.expect(-first)
+            first = 0
+
+        try:
+            job = await self._forest.off_loop(self._job, queued.prompt)
+            return await self._forest.grow(job, lambda _: None, queued.submitted_at, began)
+        finally:
+            began()
+
+    def _job(self, prompt: bytes) -> Job:
+        return self._forest.check(self._decode(prompt))
+
     async def _grow(self, queued: Queued) -> None:
         try:
             try:
-                job = self._forest.check(self._decode(queued.prompt))
-                tree = await self._forest.grow(job, lambda _: None, queued.submitted_at)
+                tree = await self._grown(queued)
             finally:
                 self._forest.permits.release()
-            await self._journal(Journal.store, queued.id, self._encode(tree))
+            encoded = await self._forest.off_loop(self._encode, tree)
+            await self._journal(Journal.store, queued.id, encoded)
             await self.wake_leasers()
         except asyncio.CancelledError:
             await self._journal(Journal.requeue, queued.id)

@@ -11,7 +11,7 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     # a caller whose machine is gone would keep what its call holds until the deadline
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     # weights come in at twice the rate in large frames; the window is what of them may lie in
     # memory, and without these it grows
     ("grpc.http2.max_frame_size", 256 * 1024),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ibtree.errors import FieldError
 from ibtree.messages import Expansion
 from ibtree.tree import Tree
-from ibtree.wire.messages import expansion_to_proto, prompt_from_proto
+from ibtree.wire.messages import expansion_to_proto, progress_to_proto, prompt_from_proto
 from ibtree.wire.trees import tree_to_proto
 from ibtree.wire.v1 import sampling_pb2 as pb
 from ibtree.wire.v1 import sampling_pb2_grpc
@@ -24,6 +24,8 @@ from server_ext.trees.forest import Forest
 from server_ext.trees.job import Job
 
 _MAX_PROMPTS = 10_000
+_PROGRESS_S = 10.0
+"""Longest silence of a stream."""
 
 
 class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
@@ -44,7 +46,7 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         self, request: pb.SampleTreeRequest, context: Any
     ) -> AsyncIterator[pb.SampleTreeResponse]:
         async with reported(context):
-            job = self._forest.check(prompt_from_proto(request.prompt, self._forest.defaults))
+            job = await self._forest.off_loop(self._job, request.prompt)
             job = replace(job, include_text=request.include_text, urgent=True)
             async for message in self._events(job, tree_only=request.tree_only):
                 yield message
@@ -65,10 +67,18 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         growth.add_done_callback(lambda _: events.put_nowait(None))
         self.interactive += 1
         try:
-            while (event := await events.get()) is not None:
+            while True:
+                try:
+                    event = await asyncio.wait_for(events.get(), _PROGRESS_S)
+                except TimeoutError:  # quiet connections are taken for dead, by proxies and people
+                    progress = self._forest.progress(job, arrived)
+                    event = pb.SampleTreeResponse(progress=progress_to_proto(progress))
+                if event is None:
+                    break
                 yield event
             text = self._forest.text if job.include_text else None
-            yield pb.SampleTreeResponse(tree=tree_to_proto(growth.result(), text))
+            tree = await self._forest.off_loop(tree_to_proto, growth.result(), text)
+            yield pb.SampleTreeResponse(tree=tree)
         finally:  # also when the caller cancels: its rollouts are aborted
             self.interactive -= 1
             growth.cancel()
@@ -81,21 +91,29 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
             most = min(_MAX_PROMPTS, self._max_queued)
             if not 1 <= len(request.prompts) <= most:
                 raise FieldError("prompts", f"got {len(request.prompts)}", f"1 to {most} a call")
-            rows, seen = [], set()
-            for i, message in enumerate(request.prompts):
-                if not message.id or message.id in seen:
-                    problem = f"{message.id!r} is empty or stands twice in the call"
-                    raise FieldError(f"prompts[{i}].id", problem, "distinct ids")
-                seen.add(message.id)
-                try:
-                    self._forest.check(prompt_from_proto(message, self._forest.defaults))
-                except FieldError as error:
-                    where = f"prompts[{i}]: {error.field}"
-                    raise FieldError(where, error.problem, error.allowed) from error
-                rows.append((message.id, message.SerializeToString(deterministic=True)))
+            rows = await self._forest.off_loop(self._rows, list(request.prompts))
             try:
                 accepted, known = await self._journal(Journal.submit, rows, self._max_queued)
             except QueueFullError as error:
                 raise BusyError(str(error), self._forest.pace.expected_s(error.excess)) from error
             self._producer.notify()
             return pb.SubmitPromptsResponse(accepted=accepted, known=known)
+
+    def _job(self, prompt: pb.Prompt) -> Job:
+        return self._forest.check(prompt_from_proto(prompt, self._forest.defaults))
+
+    def _rows(self, prompts: Sequence[pb.Prompt]) -> list[tuple[str, bytes]]:
+        """The prompts as the journal keeps them. Raises FieldError that names the first bad one."""
+        rows, seen = [], set()
+        for i, prompt in enumerate(prompts):
+            if not prompt.id or prompt.id in seen:
+                problem = f"{prompt.id!r} is empty or stands twice in the call"
+                raise FieldError(f"prompts[{i}].id", problem, "distinct ids")
+            seen.add(prompt.id)
+            try:
+                self._job(prompt)
+            except FieldError as error:
+                where = f"prompts[{i}]: {error.field}"
+                raise FieldError(where, error.problem, error.allowed) from error
+            rows.append((prompt.id, prompt.SerializeToString(deterministic=True)))
+        return rows

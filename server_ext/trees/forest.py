@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 from ibtree.errors import FieldError
-from ibtree.messages import Chat, Expansion, Prompt
+from ibtree.messages import Chat, Expansion, Progress, Prompt
 from ibtree.tree import Tree
-from ibtree.tree.options import TreeOptions, check_choice, completed
+from ibtree.tree.options import TreeOptions, changed, check_choice, completed
 from server_ext.cache.audit import OpenPrefix
 from server_ext.capacity.admission import Admission
 from server_ext.capacity.calls import Calls, Pace
@@ -27,6 +31,9 @@ from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
 
 _MAX_ID_CHARACTERS = 256
+_NO_LIMIT = 2**31
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Forest:
@@ -50,22 +57,57 @@ class Forest:
         cache_tokens: int | None,
         ended: Callable[[Tree], None] = lambda _: None,
     ) -> None:
-        """`max_rollouts` may be in flight at once; `cache_tokens`: what the radix cache can hold
-        for open trees (None: nobody knows); `ended` is told of each tree that was grown to its
-        end."""
+        """`max_rollouts` may be in flight at once, and trees of queued prompts are opened until
+        they are, at most `max_open_trees` (0: no limit of its own); `cache_tokens`: what the radix
+        cache can hold for open trees (None: nobody knows); `ended` is told of each tree that was
+        grown to its end."""
         self.defaults, self.model_id = defaults, model_id
         self.slots, self.pace = Slots(max_rollouts), Pace()
         self._sampler_parts = SamplerParts(engine, tokenizer, segmenter, graders, self.slots)
         self._engine, self._tokenizer = engine, tokenizer
         self._graders, self._default_grader = graders, default_grader
         self._limits = limits
-        self.permits = asyncio.Semaphore(max_open_trees)
+        self.permits = asyncio.Semaphore(max_open_trees or _NO_LIMIT)
         self.calls = Calls(max_calls, max_waiting_calls, self.pace)
         self._admission = Admission(cache_tokens)
         self._ended = ended
         self._open: dict[str, Tree] = {}
+        self._samplers: dict[int, tuple[Tree, TreeSampler]] = {}
+        """Of the jobs that grow now, by identity."""
+        self._starting = 0
+        """Rollouts that trees will want which have a permit and have not begun."""
+        self._checking = ThreadPoolExecutor(1, thread_name_prefix="prompts")
         check_job_names(defaults, graders, default_grader)
         limits.applied(defaults)
+
+    async def off_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs what grows with the input beside the event loop: tokenising, (de)serialising."""
+        call = partial(work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._checking, call)
+
+    async def wants_tree(self) -> None:
+        """Returns when the engine has slots that no growing tree will claim, and no tree waits for
+        room in the cache."""
+        while self._admission.waiting or self.slots.unclaimed <= self._starting:
+            await self.slots.changed()
+
+    def expect(self, rollouts: int) -> None:
+        """A tree was given a permit that will want so many rollouts at first; negative: it has
+        begun, or failed."""
+        self._starting += rollouts
+        self.slots.tell()
+
+    def progress(self, job: Job, since_s: float) -> Progress:
+        """What goes on in the job's tree; `since_s`: when its call came [Unix seconds]."""
+        tree, sampler = self._samplers.get(id(job), (Tree(prompt=()), None))
+        unfinished = sampler.unfinished_tokens() if sampler else 0
+        return Progress(
+            rollouts_in_flight=sampler.in_flight if sampler else 0,
+            generated_tokens=tree.ledger.generated_tokens + unfinished,
+            trajectories=tree.trajectories,
+            target_trajectories=job.options.trajectories,
+            elapsed_s=max(time.time() - since_s, 0.0),
+        )
 
     def check(self, prompt: Prompt) -> Job:
         """The job of a prompt. Raises FieldError that names the field and what is allowed."""
@@ -80,6 +122,10 @@ class Forest:
         self._check_vocabulary("sampling.stop_token_ids", options.sampling.stop_token_ids)
         token_ids = self._token_ids(prompt)
         # the engine keeps room for one more token than it is asked to generate
+        room = self._engine.context_tokens - len(token_ids) - 1
+        new_tokens = options.sampling.max_new_tokens
+        if new_tokens == self.defaults.sampling.max_new_tokens and 1 <= room < new_tokens:
+            options = changed(options, max_new_tokens=room)  # a default gives way to the context
         longest = self._engine.context_tokens - options.sampling.max_new_tokens - 1
         if len(token_ids) > longest:
             raise FieldError(
@@ -93,9 +139,11 @@ class Forest:
 
     def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt.content, str):
+            self._check_length(len(prompt.content))
             token_ids = self._tokenizer.encode(prompt.content)
         elif isinstance(prompt.content, Chat):
             _check_chat(prompt.content)
+            self._check_length(sum(len(turn.content) for turn in prompt.content.messages))
             token_ids = self._tokenizer.encode_chat(prompt.content)
         else:
             token_ids = tuple(prompt.content)
@@ -104,29 +152,54 @@ class Forest:
             raise FieldError("prompt", "empty", "text, token_ids or chat of at least one token")
         return token_ids
 
+    def _check_length(self, characters: int) -> None:
+        """A text too long for the context however it is tokenised is not tokenised at all."""
+        most = self._engine.context_tokens * self._tokenizer.longest_token
+        if characters > most:
+            problem = f"{characters} characters"
+            allowed = f"at most {most}, in a context of {self._engine.context_tokens} tokens"
+            raise FieldError("prompt", problem, allowed)
+
     def _check_vocabulary(self, field: str, token_ids: Sequence[int]) -> None:
+        size = len(self._tokenizer)
         for token in token_ids:
-            if not 0 <= token < len(self._tokenizer):
-                raise FieldError(field, f"no token {token}", f"0 to {len(self._tokenizer) - 1}")
+            if not 0 <= token < size:
+                raise FieldError(field, f"no token {token}", f"0 to {size - 1}")
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of generated ids, special tokens left out."""
         return self._tokenizer.decode(token_ids, special=False)
 
-    async def grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
-        """Grows the job's tree; hold a permit. `submitted_at` is Unix seconds."""
+    async def grow(
+        self,
+        job: Job,
+        emit: Callable[[Expansion], None],
+        submitted_at: float,
+        began: Callable[[], None] = lambda: None,
+    ) -> Tree:
+        """Grows the job's tree; hold a permit. `submitted_at` is Unix seconds; `began` is told
+        when its first rollouts claim their slots."""
         options = job.options
         most_tokens = options.trajectories * options.sampling.max_new_tokens
-        async with self._admission.reserve(
-            len(job.token_ids), most_tokens, urgent=job.urgent
-        ) as reservation:
-            tree = await self._grow(job, emit, submitted_at)
-            self._admission.ended(reservation, tree.unique_tokens)
+        try:
+            async with self._admission.reserve(
+                len(job.token_ids), most_tokens, urgent=job.urgent
+            ) as reservation:
+                tree = await self._grow(job, emit, submitted_at, began)
+                self._admission.ended(reservation, tree.unique_tokens)
+        finally:
+            self.slots.tell()  # whether another tree is wanted depends on who waits for room too
         self.pace.ended()
         self._ended(tree)
         return tree
 
-    async def _grow(self, job: Job, emit: Callable[[Expansion], None], submitted_at: float) -> Tree:
+    async def _grow(
+        self,
+        job: Job,
+        emit: Callable[[Expansion], None],
+        submitted_at: float,
+        began: Callable[[], None],
+    ) -> Tree:
         tree = Tree(
             prompt=job.token_ids,
             tree_id=job.tree_id,
@@ -137,7 +210,9 @@ class Forest:
         tree.ledger.queue_s = max(time.time() - submitted_at, 0.0)
         # a prompt may be grown again after a failure while its old requests still die
         name = f"{job.tree_id}/{uuid.uuid4().hex[:8]}"
-        sampler = TreeSampler(self._sampler_parts, job, name)
+        seed = random.getrandbits(63) if job.options.seed is None else job.options.seed
+        tree.ledger.seed = seed
+        sampler = TreeSampler(self._sampler_parts, job, name, seed, began)
 
         def tell(event: Expansion) -> None:
             if job.include_text:
@@ -147,12 +222,13 @@ class Forest:
 
         self._engine.trees.open(name)
         self._open[name] = tree
+        self._samplers[id(job)] = tree, sampler
         try:
             await Grower(tree, strategy_named(job.options.strategy), sampler, tell).grow()
             account = await self._engine.trees.close(name)
         finally:
             sampler.close()
-            del self._open[name]
+            del self._open[name], self._samplers[id(job)]
             self._engine.trees.drop(name)
         tree.ledger.refilled_tokens = account.refilled
         tree.ledger.protected_tokens = account.protected

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ibtree.tree import Finish, Step, Tree
+from ibtree.tree.options import MAX_SEED
 from server_ext.capacity.slots import Slots
 from server_ext.engine.port import Completion, Engine
 from server_ext.rewards.base import Graders
@@ -32,7 +34,17 @@ class SamplerParts:
 class TreeSampler:
     """The grower's sampler for one tree; request ids are `<name>/<rollout>`."""
 
-    def __init__(self, parts: SamplerParts, job: Job, name: str) -> None:
+    def __init__(
+        self,
+        parts: SamplerParts,
+        job: Job,
+        name: str,
+        seed: int,
+        began: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`seed` of the tree; rollout number i has seed + i. `began` is told when the first rollout
+        from the prompt claims its slot."""
+        self._seed, self._began = seed, began
         self._engine, self._slots = parts.engine, parts.slots
         self._tokenizer, self._segmenter = parts.tokenizer, parts.segmenter
         self._job, self._name = job, name
@@ -46,6 +58,8 @@ class TreeSampler:
             await self._warmed(tree)
             if self._aborted:
                 return Rollout([], Finish.NONE, 0, 0)
+        # told one turn later: until then the others of the first round have claimed theirs too
+        asyncio.get_running_loop().call_soon(self._began)
         prefix = tree.prefix(start)
         left = tree.options.sampling.max_new_tokens - len(prefix)
         completion = await self._generate(tree, str(number), prefix, left)
@@ -83,7 +97,8 @@ class TreeSampler:
             self._in_flight.add(rid)
             try:
                 sampling, token_ids = tree.options.sampling, (*tree.prompt, *prefix)
-                return await self._engine.generate(rid, token_ids, sampling, max_new_tokens)
+                seed = (self._seed + int(number)) % (MAX_SEED + 1) if number.isdecimal() else 0
+                return await self._engine.generate(rid, token_ids, sampling, max_new_tokens, seed)
             finally:
                 self._in_flight.discard(rid)
 
@@ -104,6 +119,15 @@ class TreeSampler:
 
     def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
         return self._judge.regraded(tree, end, token_ids)
+
+    @property
+    def in_flight(self) -> int:
+        """Rollouts in the engine now."""
+        return len(self._in_flight)
+
+    def unfinished_tokens(self) -> int:
+        """What they have generated so far [tokens]."""
+        return sum(self._engine.generated_tokens(rid) for rid in self._in_flight)
 
     def abort(self, tree: Tree) -> None:
         self._aborted = True

@@ -42,6 +42,8 @@ async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> Non
 class ToyTokenizer:
     """The same methods as server_ext.trees.text.Tokenizer; ids 0 to 255 are bytes."""
 
+    longest_token = 5
+
     def __len__(self) -> int:
         return 257 + len(EXTRA)
 
@@ -115,6 +117,7 @@ class FakeEngine:
         self.updates: list[int] = []
         self.running: dict[str, asyncio.Event] = {}
         self.requests: list[str] = []
+        self.seeds: list[int] = []
         self.updating = False
         self.tried: list[int] = []
         """The version of each trial."""
@@ -124,9 +127,18 @@ class FakeEngine:
         self._gate = Gate()
         self._drain_timeout_s = drain_timeout_s if switch == "drain" else None
 
+    def generated_tokens(self, rid: str) -> int:
+        return 3 if rid in self.running else 0
+
     async def generate(
-        self, rid: str, token_ids: Sequence[int], sampling: SamplingOptions, max_new_tokens: int
+        self,
+        rid: str,
+        token_ids: Sequence[int],
+        sampling: SamplingOptions,
+        max_new_tokens: int,
+        seed: int = 0,
     ) -> Completion:
+        self.seeds.append(seed)
         assert rid not in self.running
         assert 0 < max_new_tokens < self.context_tokens - len(token_ids)
         number = rid.rsplit("/", 1)[1]
