@@ -175,6 +175,12 @@ def changed(options: TreeOptions, **changes: Any) -> TreeOptions:
     return TreeOptions(sampling=SamplingOptions(**sampling), **values)
 
 
+def flat(options: TreeOptions) -> dict[str, Any]:
+    """Every option by name, those of the sampling among them: what `changed` takes."""
+    outer = {f.name: getattr(options, f.name) for f in fields(TreeOptions) if f.name != "sampling"}
+    return outer | {f.name: getattr(options.sampling, f.name) for f in fields(SamplingOptions)}
+
+
 def completed(
     options: TreeOptions | Mapping[str, Any] | None, defaults: TreeOptions
 ) -> TreeOptions:

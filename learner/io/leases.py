@@ -12,13 +12,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from ibtree.client import Client, RpcFailed
 from ibtree.messages import Prompt, TreeLease
 from ibtree.tree import Tree
-from ibtree.tree.options import options_from
+from ibtree.tree.options import flat, options_from
 from learner.config import LearnerConfig
 from learner.errors import QueueDry, WriteError, writing
 from learner.io.checkpoint import TrainState
@@ -27,6 +28,15 @@ from learner.io.prompts import PromptStream
 _log = logging.getLogger(__name__)
 _POLL_S = 5.0
 _MAX_TREES = 1024  # a LeaseTrees call gives no more
+
+
+def asked_options(config: LearnerConfig) -> dict[str, Any]:
+    """What trees are asked to be grown with. A limit of tokens that nobody set is left to the
+    server, whose default gives way to the model's context."""
+    options = flat(options_from(config))
+    if "max_new_tokens" not in config.model_fields_set:
+        del options["max_new_tokens"]
+    return {name: value for name, value in options.items() if value is not None}
 
 
 class TreeLeases:
@@ -47,7 +57,7 @@ class TreeLeases:
     ) -> None:
         self._client, self._stream, self._config, self._state = client, stream, config, state
         self._tree_problem, self._prepare, self._stop = tree_problem, prepare, stop
-        self._options = options_from(config)
+        self._options = asked_options(config)
         self._ready: dict[int, TreeLease] = {}
         self._extended = time.monotonic()
         self._note = config.out_dir / "leases.json"

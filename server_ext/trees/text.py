@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 from ibtree.errors import FieldError
@@ -23,6 +24,11 @@ class Tokenizer:
             raise FieldError(
                 "model", f"{model} has no tokenizer that loads", "a HF folder"
             ) from error
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, as the vocabulary spells it."""
+        return max(len(token) for token in self._tokenizer.get_vocab())
 
     def __len__(self) -> int:
         """Number of token ids, special tokens included."""
