@@ -146,7 +146,6 @@ def forest_of(tokenizer: Tokenizer, engine: RecordedEngine, most: int, new_token
     return Forest(
         engine,  # type: ignore[arg-type]
         tokenizer,
-        tokenizer.segmenter("\n\n"),
         Graders({"coin": CoinGrader()}),
         model_id="recorded",
         defaults=defaults,

@@ -22,7 +22,6 @@ def forest_on(
     return Forest(
         engine,
         tokenizer,
-        tokenizer.segmenter("\n\n"),
         graders,
         model_id="",
         defaults=defaults,

@@ -86,6 +86,15 @@ class LearnerConfig(Settings):
     """Nucleus mass."""
     top_k: int = 20
     """Tokens kept; -1 keeps all."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Tokens less likely than this times the likeliest are dropped; 0 keeps all."""
+    step_rule: Literal["text", "auto"] = "text"
+    """text: steps end at `separators`; auto: at paragraphs, or at lines or sentences where the
+    first rollouts of a tree have hardly any."""
+    separators: tuple[str, ...] = ("\n\n",)
+    """Texts that close a step under the rule text."""
+    max_step_tokens: int = Field(default=0, ge=0)
+    """A step is closed after so many tokens in any case; 0: never."""
     max_new_tokens: int = Field(default=2048, ge=1)
     """Limit of one trajectory's generated tokens."""
     beta: float = Field(default=5.0, gt=0)

@@ -19,7 +19,7 @@ import grpc
 
 from ibtpo_settings.folder import alone_in
 from ibtree.errors import FieldError
-from ibtree.tree.options import SamplingOptions, options_from
+from ibtree.tree.options import SamplingOptions, changed, options_from
 from ibtree.weights.model_folder import checkpoint_specs, model_identity
 from ibtree.wire.messages import prompt_from_bytes
 from ibtree.wire.trees import tree_to_bytes
@@ -62,7 +62,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         _exit_on_signal()
         model_id = model_identity(config.model)
         graders = _graders(config, stack)
-        defaults = options_from(config)
+        defaults = changed(options_from(config), separators=(config.separator,))
         check_job_names(defaults, graders, config.grader)
 
         keep_message_memory()
@@ -76,7 +76,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         stack.callback(web.server_close)
         stack.callback(web.shutdown)
         tokenizer = Tokenizer(config.model)
-        segmenter = tokenizer.segmenter(config.separator)
+        tokenizer.segmenter(config.separator)  # or the start is refused
         # two servers on one journal would each grow what the other is growing
         stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
 
@@ -97,7 +97,6 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         forest = Forest(
             engine,
             tokenizer,
-            segmenter,
             graders,
             model_id=model_id,
             defaults=defaults,

@@ -41,7 +41,12 @@ class ServerConfig(Settings):
     """Folder of the journal and of the weight store; survives restarts."""
 
     separator: str = Field(default="\n\n", min_length=1)
-    """Text that closes a reasoning step."""
+    """Text that closes a reasoning step under the step rule text."""
+    step_rule: Literal["text", "auto"] = "text"
+    """text: steps end at the separator; auto: at paragraphs, or at lines or sentences where the
+    first rollouts of a tree have hardly any."""
+    max_step_tokens: int = Field(default=0, ge=0)
+    """A step is closed after so many tokens in any case; 0: never."""
     grader: str = "math"
     """Grader of prompts that name none: exact, math, regex, self_consistency, remote, or one that
     is installed."""

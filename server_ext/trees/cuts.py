@@ -1,49 +1,137 @@
-"""Cuts of generated token ids: into reasoning steps, and where a stop string ends them."""
+"""Where generated token ids are cut: into reasoning steps, and where a stop string ends them.
+
+Cuts are a function of the generated ids alone: text is decoded, never tokenised again, so the
+steps concatenate to the exact ids. Only a window of the last few tokens is decoded at a time.
+"""
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
+
+Decode = Callable[[Sequence[int]], str]
 
 _TOKENS_A_CHARACTER = 4
-"""Most tokens that spell one character: its bytes."""
+"""At most: the bytes of one."""
+_LONGEST_RUN = 1024
+"""Tokens of an unfinished character that a window may begin before: no text has more."""
+UNITS: dict[str, tuple[str, ...]] = {"paragraph": ("\n\n",), "line": ("\n",), "sentence": ()}
+"""What closes a step under the rule `auto`, the coarsest first."""
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+\Z|[。！？][\"'”’)\]」』]*\Z")
+_PERHAPS_END = re.compile(r"[.!?…][\"'”’)\]]*\Z")
+_ENDING = "..!?…。！？\"'”’)]」』"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What single tokens look like, for deciding how far back a window must reach."""
+
+    silent: Set[int]
+    """Ids that decode to nothing by themselves."""
+    partial: Set[int]
+    """Ids that hold a part of a character, or a byte that is decoded together with its
+    neighbours."""
 
 
 class Segmenter:
-    """A step ends with the token whose text completes the separator.
+    """Closes a step after the token whose text completes a separator, or at a length.
 
-    A function of the generated ids alone: the text is decoded cumulatively from the last close,
-    never re-tokenised, so the steps concatenate to the exact ids.
+    The search starts afresh after each close.
     """
 
     def __init__(
         self,
-        decode: Callable[[Sequence[int]], str],
-        separator: str,
+        decode: Decode,
+        separators: str | Sequence[str],
         closers: Set[int] | None = None,
+        vocabulary: Vocabulary | None = None,
+        max_step_tokens: int = 0,
     ) -> None:
-        """`closers`: ids that may complete the separator (only there the text is decoded);
-        None: every id may."""
-        self._decode, self._separator, self._closers = decode, separator, closers
+        """`closers`: ids that may complete a separator (only there text is decoded); None: every id
+        may. `vocabulary`: None decodes all of the open step each time, which is slow and obvious.
+        """
+        self._decode, self._closers, self._vocabulary = decode, closers, vocabulary
+        self._separators = (separators,) if isinstance(separators, str) else tuple(separators)
+        self._max_step_tokens = max_step_tokens
+        self._reach = 2 + _TOKENS_A_CHARACTER * max(map(len, self._separators), default=1)
 
     def lengths(self, token_ids: Sequence[int]) -> list[int]:
-        """Length of each step [tokens]; they sum to len(token_ids). What follows the last
-        separator, the end-of-sequence token included, is the last step."""
+        """Length of each step [tokens]; they sum to len(token_ids). What follows the last close,
+        the end-of-sequence token included, is the last step."""
         ends, opened = [0], 0
         for i, token in enumerate(token_ids):
-            if self._closers is not None and token not in self._closers:
-                continue
-            if self._separator in self._decode(token_ids[opened : i + 1]):
+            full = i + 1 - opened == self._max_step_tokens
+            may_close = self._closers is None or token in self._closers
+            if full or (may_close and self._closes(token_ids, opened, i)):
                 opened = i + 1
                 ends.append(opened)
         if ends[-1] < len(token_ids):
             ends.append(len(token_ids))
         return [b - a for a, b in pairwise(ends)]
 
+    def _closes(self, token_ids: Sequence[int], opened: int, i: int) -> bool:
+        text = self._tail(token_ids, opened, i + 1)
+        return any(separator in text for separator in self._separators)
+
+    def _tail(self, token_ids: Sequence[int], opened: int, stop: int) -> str:
+        """The end of the open step's text, with all that a separator could reach back to."""
+        start, counted = opened, 0
+        if self._vocabulary is not None:
+            start = stop
+            while start > opened and counted < self._reach:
+                start -= 1
+                counted += token_ids[start] not in self._vocabulary.silent
+            least = max(start - _LONGEST_RUN, opened)
+            while start > least and token_ids[start] in self._vocabulary.partial:
+                start -= 1
+        return self._decode(token_ids[start:stop])
+
+
+class SentenceSegmenter(Segmenter):
+    """Closes a step after a sentence: after its full stop (or mark, and quotes) where white space
+    follows, in the same token or in the next; after a CJK full stop at once."""
+
+    def __init__(
+        self,
+        decode: Decode,
+        closers: Set[int] | None = None,
+        vocabulary: Vocabulary | None = None,
+        max_step_tokens: int = 0,
+    ) -> None:
+        super().__init__(decode, ".", closers, vocabulary, max_step_tokens)
+
+    def _closes(self, token_ids: Sequence[int], opened: int, i: int) -> bool:
+        text = self._tail(token_ids, opened, i + 1)
+        if _SENTENCE_END.search(text):
+            return True
+        if not _PERHAPS_END.search(text) or i + 1 == len(token_ids):
+            return False
+        longer = self._tail(token_ids, opened, i + 2)
+        at = longer.rfind(text[-1])
+        return longer[at + 1 : at + 2].isspace()
+
+
+def sentence_closers(texts: Sequence[str]) -> set[int]:
+    """Ids after which a sentence may end, by what they look like alone."""
+    return {i for i, text in enumerate(texts) if text.rstrip()[-1:] in _ENDING or text.isspace()}
+
+
+def choose_unit(segmenters: dict[str, Segmenter], rollouts: Sequence[Sequence[int]]) -> str:
+    """The coarsest of UNITS by which the rollouts have a median of more than one step; sentences if
+    none does. `segmenters` by unit."""
+    for unit in ("paragraph", "line"):
+        counts = [len(segmenters[unit].lengths(token_ids)) for token_ids in rollouts]
+        if counts and median(counts) > 1:
+            return unit
+    return "sentence"
+
 
 def stop_length(
-    decode: Callable[[Sequence[int]], str],
+    decode: Decode,
     before: Sequence[int],
     token_ids: Sequence[int],
     stops: Sequence[str],
@@ -54,12 +142,14 @@ def stop_length(
     that border, where the engine, which looks at one request's output, does not see it; nor does
     it see one that is spelt with more tokens than its usual spelling has.
     """
-    tail = [*before][-_TOKENS_A_CHARACTER * max(map(len, stops), default=0) :]
+    if not stops:
+        return None
+    tail = [*before][-_TOKENS_A_CHARACTER * max(map(len, stops)) :]
 
     def stopped(length: int) -> bool:
         text = decode([*tail, *token_ids[:length]])
         return any(stop in text for stop in stops)
 
-    if not stops or not stopped(len(token_ids)):
+    if not stopped(len(token_ids)):
         return None
     return bisect_left(range(len(token_ids) + 1), True, lo=1, key=stopped)

@@ -22,7 +22,7 @@ from server_ext.capacity.calls import Calls, Pace
 from server_ext.capacity.slots import Slots
 from server_ext.engine.port import Engine
 from server_ext.rewards.base import Graders
-from server_ext.trees.cuts import Segmenter
+from server_ext.trees.cutter import StepCutter
 from server_ext.trees.grower import SCHEDULES, Grower
 from server_ext.trees.job import Job
 from server_ext.trees.limits import Limits
@@ -43,7 +43,6 @@ class Forest:
         self,
         engine: Engine,
         tokenizer: Tokenizer,
-        segmenter: Segmenter,
         graders: Graders,
         *,
         model_id: str,
@@ -63,7 +62,7 @@ class Forest:
         grown to its end."""
         self.defaults, self.model_id = defaults, model_id
         self.slots, self.pace = Slots(max_rollouts), Pace()
-        self._sampler_parts = SamplerParts(engine, tokenizer, segmenter, graders, self.slots)
+        self._sampler_parts = SamplerParts(engine, tokenizer, graders, self.slots)
         self._engine, self._tokenizer = engine, tokenizer
         self._graders, self._default_grader = graders, default_grader
         self._limits = limits
@@ -120,6 +119,7 @@ class Forest:
         self._graders.check(grader, prompt.answer)
         options = self._limits.applied(options)
         self._check_vocabulary("sampling.stop_token_ids", options.sampling.stop_token_ids)
+        self._check_steps(options)
         token_ids = self._token_ids(prompt)
         # the engine keeps room for one more token than it is asked to generate
         room = self._engine.context_tokens - len(token_ids) - 1
@@ -152,6 +152,12 @@ class Forest:
             raise FieldError("prompt", "empty", "text, token_ids or chat of at least one token")
         return token_ids
 
+    def _check_steps(self, options: TreeOptions) -> None:
+        try:
+            StepCutter(self._tokenizer, options)
+        except FieldError as error:
+            raise FieldError("options.separators", error.problem, error.allowed) from error
+
     def _check_length(self, characters: int) -> None:
         """A text too long for the context however it is tokenised is not tokenised at all."""
         most = self._engine.context_tokens * self._tokenizer.longest_token
@@ -161,7 +167,7 @@ class Forest:
             raise FieldError("prompt", problem, allowed)
 
     def _check_vocabulary(self, field: str, token_ids: Sequence[int]) -> None:
-        size = len(self._tokenizer)
+        size = self._tokenizer.model_vocabulary
         for token in token_ids:
             if not 0 <= token < size:
                 raise FieldError(field, f"no token {token}", f"0 to {size - 1}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ibtree.tree import Finish, Step, Tree
@@ -11,7 +11,8 @@ from ibtree.tree.options import MAX_SEED
 from server_ext.capacity.slots import Slots
 from server_ext.engine.port import Completion, Engine
 from server_ext.rewards.base import Graders
-from server_ext.trees.cuts import Segmenter, stop_length
+from server_ext.trees.cuts import stop_length
+from server_ext.trees.cutter import StepCutter
 from server_ext.trees.grower import Rollout
 from server_ext.trees.job import Job
 from server_ext.trees.judge import Judge
@@ -26,7 +27,6 @@ class SamplerParts:
 
     engine: Engine
     tokenizer: Tokenizer
-    segmenter: Segmenter
     graders: Graders
     slots: Slots
 
@@ -46,7 +46,7 @@ class TreeSampler:
         from the prompt claims its slot."""
         self._seed, self._began = seed, began
         self._engine, self._slots = parts.engine, parts.slots
-        self._tokenizer, self._segmenter = parts.tokenizer, parts.segmenter
+        self._tokenizer, self._cutter = parts.tokenizer, StepCutter(parts.tokenizer, job.options)
         self._job, self._name = job, name
         self._judge = Judge(parts.graders.named(job.grader), parts.tokenizer, job)
         self._in_flight: set[str] = set()
@@ -68,8 +68,9 @@ class TreeSampler:
         stopped = stop_length(self._tokenizer.decode, prefix, completion.token_ids, stops)
         if stopped and finish is not Finish.NONE:
             finish, completion = Finish.STOP, completion.head(stopped)
+        lengths = await self._cutter.lengths(tree, number, completion.token_ids)
         return Rollout(
-            self._steps(completion),
+            _steps(completion, lengths),
             finish,
             completion.prefix_tokens,
             completion.cached_tokens,
@@ -102,18 +103,6 @@ class TreeSampler:
             finally:
                 self._in_flight.discard(rid)
 
-    def _steps(self, completion: Completion) -> list[Step]:
-        steps, at = [], 0
-        for length in self._segmenter.lengths(completion.token_ids):
-            span = slice(at, at + length)
-            steps.append(
-                Step(
-                    completion.token_ids[span], completion.logprobs[span], completion.versions[span]
-                )
-            )
-            at += length
-        return steps
-
     async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
         return await self._judge.grade(token_ids)
 
@@ -131,6 +120,7 @@ class TreeSampler:
 
     def abort(self, tree: Tree) -> None:
         self._aborted = True
+        self._cutter.wait_no_longer()
         self._slots.give_up(self._name)
         for rid in list(self._in_flight):
             self._engine.abort(rid)
@@ -139,3 +129,13 @@ class TreeSampler:
         """Nobody rolls any more."""
         if self._warming:
             self._warming.cancel()
+
+
+def _steps(completion: Completion, lengths: Sequence[int]) -> list[Step]:
+    steps, at = [], 0
+    for length in lengths:
+        span = slice(at, at + length)
+        token_ids, logprobs = completion.token_ids[span], completion.logprobs[span]
+        steps.append(Step(token_ids, logprobs, completion.versions[span]))
+        at += length
+    return steps

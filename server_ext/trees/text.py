@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 from ibtree.errors import FieldError
 from ibtree.messages import Chat
-from server_ext.trees.cuts import Segmenter
+from server_ext.trees.cuts import (
+    UNITS,
+    Segmenter,
+    SentenceSegmenter,
+    Vocabulary,
+    sentence_closers,
+)
+
+_PROBE = "a b\n\nc"
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _model_vocabulary(model: Path) -> int:
+    """`vocab_size` of the folder's configuration; 0 if it does not say."""
+    path = model / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or 0)
+
+
+def _loaded(model: Path) -> Any:
+    """The folder's tokenizer. transformers rebuilds some (LlamaTokenizerFast) from their class, and
+    with it DeepSeek's loses line breaks: then the file itself counts, as for SGLang."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+    same = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False)) == _PROBE
+    if not same and (model / "tokenizer.json").is_file():
+        plain = PreTrainedTokenizerFast.from_pretrained(str(model), local_files_only=True)
+        if plain.decode(plain.encode(_PROBE, add_special_tokens=False)) == _PROBE:
+            return plain
+    return tokenizer
 
 
 class Tokenizer:
     """Text <-> token ids of one model folder."""
 
     def __init__(self, model: Path) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
+            self._tokenizer = _loaded(model)
         except (OSError, ValueError, KeyError) as error:
             raise FieldError(
                 "model", f"{model} has no tokenizer that loads", "a HF folder"
             ) from error
+        self._size = len(self._tokenizer)  # counts anew each time, for a tenth of a second
+        self.model_vocabulary = max(_model_vocabulary(model), self._size)
+        """Ids the model can emit: its embedding is padded beyond the tokenizer's."""
 
     @cached_property
     def longest_token(self) -> int:
@@ -32,7 +66,7 @@ class Tokenizer:
 
     def __len__(self) -> int:
         """Number of token ids, special tokens included."""
-        return len(self._tokenizer)
+        return self._size
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text))
@@ -62,22 +96,55 @@ class Tokenizer:
         )
         return text
 
-    def segmenter(self, separator: str) -> Segmenter:
-        """Raises FieldError if the tokenizer cannot make the separator."""
-        made = self.decode(self._tokenizer.encode(separator, add_special_tokens=False))
-        if separator not in made:
-            raise FieldError(
-                "separator",
-                f"the model's tokenizer cannot make {separator!r} (it gives {made!r})",
-                "a text that survives encoding and decoding; set --separator",
-            )
-        last = separator[-1]
-        texts = self._tokenizer.batch_decode(
-            [[i] for i in range(len(self))], clean_up_tokenization_spaces=False
-        )
-        # A token may complete the separator only if its own text holds the last character. Every
+    @cache  # noqa: B019  one tokenizer lives as long as the process
+    def segmenter(self, separators: str | tuple[str, ...], max_step_tokens: int = 0) -> Segmenter:
+        """Raises FieldError if the tokenizer cannot make a separator."""
+        listed = (separators,) if isinstance(separators, str) else separators
+        for separator in listed:
+            made = self.decode(self._tokenizer.encode(separator, add_special_tokens=False))
+            if separator not in made:
+                raise FieldError(
+                    "separator",
+                    f"the model's tokenizer cannot make {separator!r} (it gives {made!r})",
+                    "a text that survives encoding and decoding; set --separator",
+                )
+        last = {separator[-1] for separator in listed}
+        # A token may complete a separator only if its own text holds the last character. Every
         # token is tried where that cannot be told: a character of several bytes can be spread
         # over tokens, and some tokenizers drop a space in front of a token that stands alone.
-        told = last.isascii() and last != " "
-        closers = {i for i, text in enumerate(texts) if last in text} if told else None
-        return Segmenter(self.decode, separator, closers)
+        told = all(character.isascii() and character != " " for character in last)
+        closers = {i for i, text in enumerate(self._texts) if last & {*text}} if told else None
+        return Segmenter(self.decode, listed, closers, self._vocabulary, max_step_tokens)
+
+    @cache  # noqa: B019
+    def unit_segmenters(self, max_step_tokens: int) -> dict[str, Segmenter]:
+        """Segmenters of the rule `auto`, by unit. Raises FieldError as `segmenter` does."""
+        made = {
+            unit: self.segmenter(separators, max_step_tokens)
+            for unit, separators in UNITS.items()
+            if separators
+        }
+        closers, vocabulary = sentence_closers(self._texts), self._vocabulary
+        made["sentence"] = SentenceSegmenter(self.decode, closers, vocabulary, max_step_tokens)
+        return made
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """What each token decodes to by itself."""
+        texts: list[str] = self._tokenizer.batch_decode(
+            [[i] for i in range(len(self))], clean_up_tokenization_spaces=False
+        )
+        return texts
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        spelt = self._tokenizer.convert_ids_to_tokens(range(len(self)))
+        beyond = range(len(self), self.model_vocabulary)
+        return Vocabulary(
+            silent={i for i, text in enumerate(self._texts) if not text} | {*beyond},
+            partial={
+                i
+                for i, (text, token) in enumerate(zip(self._texts, spelt, strict=True))
+                if "\ufffd" in text or _BYTE_TOKEN.fullmatch(token or "")
+            },
+        )

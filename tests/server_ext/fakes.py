@@ -24,7 +24,7 @@ from server_ext.cache.open_trees import OpenTrees
 from server_ext.capacity.gate import Gate
 from server_ext.engine.port import Completion
 from server_ext.errors import DrainTimeout, StillBusy
-from server_ext.trees.cuts import Segmenter
+from server_ext.trees.cuts import UNITS, Segmenter, SentenceSegmenter
 
 EOS = 256
 # tokens of several characters, and of a part of one
@@ -43,9 +43,10 @@ class ToyTokenizer:
     """The same methods as server_ext.trees.text.Tokenizer; ids 0 to 255 are bytes."""
 
     longest_token = 5
+    model_vocabulary = 257 + len(EXTRA)
 
     def __len__(self) -> int:
-        return 257 + len(EXTRA)
+        return self.model_vocabulary
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(text.encode())
@@ -58,9 +59,14 @@ class ToyTokenizer:
         parts = (eos if i == EOS else EXTRA.get(i) or bytes([i]) for i in token_ids)
         return b"".join(parts).decode(errors="replace")
 
-    def segmenter(self, separator: str) -> Segmenter:
-        closers = {i for i in range(len(self)) if separator[-1] in self.decode([i])}
-        return Segmenter(self.decode, separator, closers if separator[-1].isascii() else None)
+    def segmenter(self, separators: str | tuple[str, ...], max_step_tokens: int = 0) -> Segmenter:
+        return Segmenter(self.decode, separators, None, None, max_step_tokens)
+
+    def unit_segmenters(self, max_step_tokens: int) -> dict[str, Segmenter]:
+        units = ("paragraph", "line")
+        made = {unit: self.segmenter(UNITS[unit], max_step_tokens) for unit in units}
+        sentences = SentenceSegmenter(self.decode, None, None, max_step_tokens)
+        return made | {"sentence": sentences}
 
 
 def toy_text(token_ids: Sequence[int], number: int) -> str:

@@ -60,7 +60,6 @@ class Site:
         self.forest = Forest(
             self.engine,
             self.tokenizer,
-            self.tokenizer.segmenter("\n\n"),
             Graders({"exact": ExactGrader("####"), **limits.get("graders", {})}),
             model_id=MODEL_ID,
             defaults=DEFAULTS,
