@@ -107,9 +107,18 @@ class RecordedForest:
     `rewards` gives the served weight version."""
 
     def __init__(self, recording: list[Tree], seed: int, served: Callable[[], int]) -> None:
-        self.permits = asyncio.Semaphore(4)
+        self.permits, self.defaults = asyncio.Semaphore(4), TreeOptions()
         self._recording, self._rng, self._served = recording, random.Random(seed), served
         self.rewards: dict[int, float] = {}
+
+    async def off_loop(self, work: Callable[..., Any], *args: Any) -> Any:
+        return work(*args)
+
+    async def wants_tree(self) -> None:
+        """It always does; `permits` are the limit."""
+
+    def expect(self, rollouts: int) -> None:
+        pass
 
     def check(self, prompt: Prompt) -> Prompt:
         return prompt
