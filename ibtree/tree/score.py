@@ -45,7 +45,7 @@ def confidences(tree: Tree, form: str, logprobs: Floats | None = None) -> Floats
     """
     sums = logprobs
     if sums is None:
-        sums = np.asarray([sum(step.logprobs) for step in tree.steps], float)
+        sums = np.asarray([step.logprob for step in tree.steps], float)
     if form == "geometric":
         lengths = np.asarray([max(len(step.token_ids), 1) for step in tree.steps], float)
         sums = sums / lengths
@@ -158,9 +158,11 @@ def trajectory_weights(tree: Tree, how: str) -> Floats:
 def candidates(tree: Tree) -> list[int]:
     """Nodes a branch may start from: the non-leaf nodes with token budget left (root included)."""
     limit = tree.options.sampling.max_new_tokens
-    return [n for n in range(len(tree)) if not tree.is_leaf(n) and tree.depth_tokens(n) < limit]
+    tokens, _ = tree.depths()
+    return [n for n in range(len(tree)) if not tree.is_leaf(n) and tokens[n] < limit]
 
 
 def best(tree: Tree, scores: Floats, among: list[int], count: int) -> list[int]:
     """The `count` nodes of highest score; ties go to the shallower node [steps], then the older."""
-    return sorted(among, key=lambda n: (-scores[n], tree.depth_steps(n), tree.born[n]))[:count]
+    _, steps = tree.depths()
+    return sorted(among, key=lambda n: (-scores[n], steps[n], tree.born[n]))[:count]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,18 @@ class Step:
                 f"a step needs ids, log-probabilities and versions of one length >= 1, got "
                 f"{len(self.token_ids)}, {len(self.logprobs)}, {len(self.versions)}"
             )
+
+    @cached_property
+    def logprob(self) -> float:
+        """ln-probability of the whole step [nats]."""
+        return sum(self.logprobs)
+
+    @cached_property
+    def likeliest_fork(self) -> tuple[float, int]:
+        """The lowest log-probability [nats] behind the first token, and where; (inf, 0): none."""
+        inner = self.logprobs[1:]
+        lowest = min(inner, default=float("inf"))
+        return lowest, inner.index(lowest) + 1 if inner else 0
 
     def cut(self, at: int) -> tuple[Step, Step]:
         """The first `at` tokens and the rest."""
@@ -147,6 +160,16 @@ class Tree:
     def depth_tokens(self, node: int) -> int:
         """Generated tokens from the prompt's end to the end of `node`."""
         return sum(len(self.steps[n].token_ids) for n in self.path(node))
+
+    def depths(self) -> tuple[list[int], list[int]]:
+        """Depth of every node's end, in tokens and in steps, [N] each, found in one pass."""
+        tokens, steps = [0] * len(self), [0] * len(self)
+        for node in self.topological():
+            if node:
+                parent = self.parents[node]
+                tokens[node] = tokens[parent] + len(self.steps[node].token_ids)
+                steps[node] = steps[parent] + 1
+        return tokens, steps
 
     def depth_steps(self, node: int) -> int:
         return len(self.path(node))

@@ -120,13 +120,20 @@ class Entropy(_Branching):
 
     def _fork(self, tree: Tree, busy: Set[int]) -> tuple[int, int] | None:
         """The node, and the position in it, of the unused token of highest surprisal."""
-        tokens = (
+        tokens = []
+        for node in range(1, len(tree)):
+            step, parent = tree.steps[node], tree.parents[node]
+            if not step.token_ids:
+                continue  # merged away by a split
+            tokens.append((*step.likeliest_fork, node))
+            if not (tree.starts[parent] or parent in busy):
+                tokens.append((step.logprobs[0], 0, node))
+        forks = [
             (logprob, tree.born[node], at, node)
-            for node in range(1, len(tree))
-            for at, logprob in enumerate(tree.steps[node].logprobs)
-            if at or not (tree.starts[tree.parents[node]] or tree.parents[node] in busy)
-        )
-        _, _, at, node = min(tokens, default=(0.0, 0, 0, 0))
+            for logprob, at, node in tokens
+            if logprob < float("inf")
+        ]
+        _, _, at, node = min(forks, default=(0.0, 0, 0, 0))
         return (node, at) if node else None
 
 
