@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 
-import server_ext.engine.cpu  # noqa: F401
+import server_ext.engine.cpu
 
 
 def main() -> None:
@@ -23,6 +23,15 @@ def main() -> None:
     import asyncio
 
     from ibtree.errors import FieldError
+
+    try:
+        device = server_ext.engine.cpu.resolved_device(config.device)
+    except FieldError as error:
+        sys.exit(f"ibtpo-server: {error.as_option()}")
+    config = config.model_copy(update={"device": device})
+    if device == "cpu":  # before anything imports transformers: tokenizers need the stand-ins too
+        server_ext.engine.cpu.select()
+
     from server_ext.app import serve
 
     logging.basicConfig(

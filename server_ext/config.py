@@ -22,8 +22,8 @@ class ServerConfig(Settings):
 
     model: Path
     """Hugging Face folder with config.json, tokenizer and *.safetensors."""
-    device: Literal["cpu", "cuda"] = "cuda"
-    """Where SGLang runs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where SGLang runs; auto takes the GPU if there is one."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision the model runs in; the learner sends weights in it."""
     threads: int = Field(default=0, ge=0)

@@ -86,7 +86,9 @@ def _module(name: str, what: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         problem = f"{what} needs the package {name.partition('.')[0]} ({error})"
-        raise FieldError("prompts", problem, "pip install 'ibtpo[data]', or JSONL") from error
+        raise FieldError(
+            "prompts", problem, "pip install '.[data]' in the checkout of ibtpo, or JSONL"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:

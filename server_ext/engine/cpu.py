@@ -13,6 +13,8 @@ import sys
 import types
 from typing import Any, NoReturn
 
+from ibtree.errors import FieldError
+
 ENGINE_VARIABLE = "SGLANG_USE_CPU_ENGINE"
 
 SERVER_ARGUMENTS = [
@@ -84,6 +86,18 @@ def select() -> None:
     os.environ[ENGINE_VARIABLE] = "1"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     install()
+
+
+def resolved_device(name: str) -> str:
+    """`cpu` or `cuda` for `auto`. Raises FieldError for a GPU that is not there."""
+    if name == "cpu":
+        return name
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise FieldError("device", "cuda is not available here", "auto | cpu")
+    return "cuda" if there else "cpu"
 
 
 install()

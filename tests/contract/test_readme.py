@@ -48,6 +48,8 @@ def test_commands_parse(line: str) -> None:
         assert "--model" in ours
         needed = [] if words[0] == "ibtpo-server" or "--prompts" in ours else ["--prompts=x"]
         CONFIGS[words[0]].resolve(words[0], [*ours, *needed])
+    elif words[0] == "torchrun":
+        LearnerConfig.resolve("ibtpo-learner", words[words.index("learner") + 1 :])
     elif words[0] == "ibtpo":
         line_ = [str(Path(sys.executable).with_name("ibtpo")), *words[1:], "--help"]
         subprocess.run(line_, check=True, capture_output=True)

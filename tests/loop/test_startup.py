@@ -33,6 +33,11 @@ def test_unknown_model_path(tmp_path: Path) -> None:
     assert says.startswith("ibtpo-server: --model:") and "config.json" in says
 
 
+def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    line = [*command("ibtpo-server", f"--model={MODEL}", f"--data-dir={tmp_path}"), "--device=cuda"]
+    assert "--device: cuda is not available here; allowed: auto | cpu" in run(line)
+
+
 def test_port_in_use(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -155,7 +155,7 @@ def test_the_learner_names_field_value_and_remedy(field, value, word):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("port", "70000"), ("dtype", "int8"), ("device", "auto"), ("separator", ""), ("lease-s", "0")],
+    [("port", "70000"), ("dtype", "int8"), ("device", "tpu"), ("separator", ""), ("lease-s", "0")],
 )
 def test_the_server_names_field_and_value(field, value):
     message = refused(ServerConfig, ["--model", "m", f"--{field}={value}"])

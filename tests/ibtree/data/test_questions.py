@@ -165,7 +165,7 @@ def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch, module
     path = table(tmp_path, prompt=["a"])
     monkeypatch.setitem(sys.modules, module, None)
     message = refused(path)
-    assert "the package pyarrow" in message and "pip install 'ibtpo[data]'" in message
+    assert "the package pyarrow" in message and "pip install '.[data]'" in message
 
 
 # --- Hugging Face datasets ----------------------------------------------------------------------
