@@ -59,8 +59,8 @@ class Arm:
         self._generate = self.engine.generate
         self.engine.generate = self._watched  # type: ignore[method-assign]
 
-    async def _watched(self, rid: str, token_ids: Any, sampling: Any, most: int) -> Any:
-        completion = await self._generate(rid, token_ids, sampling, most)
+    async def _watched(self, rid: str, *arguments: Any) -> Any:
+        completion = await self._generate(rid, *arguments)
         number = rid.rpartition("/")[2]
         if not rid.startswith("background") and number != "prompt" and int(number) >= 4:
             self.branches.append((completion.prefix_tokens - 1, completion.cached_tokens))

@@ -82,14 +82,17 @@ async def test_old_kv_is_never_used_for_new_weights(server: Server) -> None:
                 got = by_version(one, engine)[version]
                 assert (got - expected).abs().max() < 1e-3
     # and the check has teeth: with the old KV under the new weights it would have failed
-    branches = [n for n in range(1, len(tree)) if set(tree.steps[n].versions) == {second}]
     reused = [
-        n
-        for n in branches
-        if tree.parents[n] and set(tree.steps[tree.parents[n]].versions) == {first}
+        (grown, n)
+        for grown in trees
+        if grown
+        for n in range(1, len(grown))
+        if set(grown.steps[n].versions) == {second}
+        and grown.parents[n]
+        and set(grown.steps[grown.parents[n]].versions) == {first}
     ]
     assert reused
-    assert max(stale_kv_logprobs(tree, n, old, new) for n in reused) > 1e-2
+    assert max(stale_kv_logprobs(grown, n, old, new) for grown, n in reused) > 1e-2
 
 
 def test_push_serves_exactly_what_was_sent(server: Server) -> None:
