@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Set
 from functools import cache
 from importlib.metadata import entry_points
-from itertools import chain
 from typing import Protocol
 
 from ibtree.errors import FieldError
@@ -121,17 +120,20 @@ class Entropy(_Branching):
 
     def _fork(self, tree: Tree, busy: Set[int]) -> tuple[int, int] | None:
         """The node, and the position in it, of the unused token of highest surprisal."""
-        inside, first = [], []
+        tokens = []
         for node in range(1, len(tree)):
             step, parent = tree.steps[node], tree.parents[node]
             if not step.token_ids:
                 continue  # merged away by a split
-            logprob, at = step.likeliest_fork
-            if at:
-                inside.append((logprob, tree.born[node], at, node))
+            tokens.append((*step.likeliest_fork, node))
             if not (tree.starts[parent] or parent in busy):
-                first.append((step.logprobs[0], tree.born[node], 0, node))
-        _, _, at, node = min(chain(inside, first), default=(0.0, 0, 0, 0))
+                tokens.append((step.logprobs[0], 0, node))
+        forks = [
+            (logprob, tree.born[node], at, node)
+            for logprob, at, node in tokens
+            if logprob < float("inf")
+        ]
+        _, _, at, node = min(forks, default=(0.0, 0, 0, 0))
         return (node, at) if node else None
 
 
