@@ -21,12 +21,14 @@ class LearnerConfig(Settings):
     model: Path
     """Hugging Face folder: the one the server was started from."""
     prompts: str
-    """JSONL file of {"prompt": text, "answer": text}, Parquet file with such columns, or Hugging
-    Face dataset hf:NAME[:CONFIG[:SPLIT]]. An answer whose last line is "#### 18" (GSM8K) is 18."""
+    """JSONL, JSON or Parquet file, a folder or glob of them, or Hugging Face dataset
+    hf:NAME[:CONFIG[:SPLIT]]; rows of {"prompt": text or messages, "answer": text or number}. An
+    answer with a line "#### 18" (GSM8K) is 18."""
     prompt_field: str | None = None
-    """Field of the prompt. null: prompt, or question where there are only question and answer."""
+    """Field of the prompt; dots lead into fields. null: prompt, or question where there are only
+    question and answer."""
     answer_field: str | None = None
-    """Field of the answer. null: answer, if it is there."""
+    """Field of the answer. null: answer, or reward_model.ground_truth (verl's), if it is there."""
     prompt_template: str = "{prompt}"
     """What is sent: this text with the field's in the place of {prompt}."""
     out_dir: Path = Path("runs/learner")

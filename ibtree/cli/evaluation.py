@@ -31,7 +31,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _options(command: argparse.ArgumentParser) -> None:
-    source = "JSONL or .parquet file, or hf:NAME[:CONFIG[:SPLIT]], a Hugging Face dataset"
+    source = "JSONL, JSON or .parquet file, folder or glob, or hf:NAME[:CONFIG[:SPLIT]]"
     command.add_argument("--prompts", required=True, metavar="SOURCE", help=source)
     fields = "default: prompt and answer, or GSM8K's question and answer"
     command.add_argument("--prompt-field", metavar="NAME", help=f"the prompt's; {fields}")

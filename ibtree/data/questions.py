@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
@@ -12,16 +12,19 @@ from typing import Any
 
 from ibtree.data.sources import rows
 from ibtree.errors import FieldError
+from ibtree.messages import Chat, ChatMessage
 
 PLACEHOLDER = "{prompt}"
 _ANSWER_MARK = "####"
+_ANSWERS = ("answer", "reward_model.ground_truth")
+_TURN = ("role", "content")
 
 
 @dataclass(frozen=True)
 class Question:
     """A prompt, and its reference answer; empty: none."""
 
-    prompt: str
+    prompt: str | Chat
     answer: str
 
 
@@ -34,23 +37,42 @@ def read_questions(
     """The questions of a JSONL or Parquet file, or of a Hugging Face dataset
     `hf:NAME[:CONFIG[:SPLIT]]` (split train unless named).
 
-    A field that is None is found: `prompt` and, where it is there, `answer`; else `question` and
-    `answer`, as in GSM8K. An answer whose last line is `#### 18`, GSM8K's way to end a worked one,
-    is 18. `template` is the prompt with {prompt} in place of the field's text. Raises
-    FieldError with the line or row for anything but text, and numbers as answers.
+    A field that is None is found: `prompt` and, where it is there, `answer`, or
+    `reward_model.ground_truth` as in verl's files; else `question` and `answer`, as in GSM8K. A
+    prompt may be a list of messages. An answer with a line `#### 18`, GSM8K's way to end a worked
+    one, is 18. `template` is the prompt with {prompt} in place of the field's text, or of the last
+    message's. Raises FieldError with the line or row for anything but text, and numbers as answers.
     """
     if PLACEHOLDER not in template:
         raise FieldError("prompt_template", f"got {template!r}", f"text that holds {PLACEHOLDER}")
     pick = partial(_pick, prompt_field, answer_field)
     questions = []
     for where, prompt, answer in rows(str(source), pick):
-        if not isinstance(prompt, str) or not prompt:
-            raise FieldError(where, "the prompt is empty or no text", "text")
-        asked = template.replace(PLACEHOLDER, _encodable(where, prompt))
+        asked = _asked(where, prompt, template)
         questions.append(Question(asked, _encodable(where, _answer(where, answer))))
     if not questions:
         raise FieldError("prompts", f"{source} holds no prompts", "at least one")
     return questions
+
+
+def _asked(where: str, prompt: Any, template: str) -> str | Chat:
+    """Text in the template; of a conversation its last message is."""
+    if isinstance(prompt, str) and prompt:
+        return template.replace(PLACEHOLDER, _encodable(where, prompt))
+    if not isinstance(prompt, list) or not prompt:
+        allowed = "text, or a list of messages with role and content"
+        raise FieldError(where, "the prompt is empty or no text", allowed)
+    turns = []
+    for at, turn in enumerate(prompt):
+        role, content = (turn.get(k) if isinstance(turn, Mapping) else None for k in _TURN)
+        if not (isinstance(role, str) and role and isinstance(content, str)):
+            problem = f"message {at} of the prompt has no text in role and content"
+            allowed = 'text, or messages {"role": "user", "content": "..."}'
+            raise FieldError(where, problem, allowed)
+        turns.append(ChatMessage(_encodable(where, role), _encodable(where, content)))
+    last = turns[-1]
+    turns[-1] = ChatMessage(last.role, template.replace(PLACEHOLDER, last.content))
+    return Chat(tuple(turns))
 
 
 def _pick(
@@ -60,8 +82,8 @@ def _pick(
     if prompt is None:
         gsm8k = "prompt" not in names and {"question", "answer"} <= {*names}
         prompt = "question" if gsm8k else "prompt"
-    if answer is None and "answer" in names:
-        answer = "answer"
+    if answer is None:
+        answer = next((name for name in _ANSWERS if name in names), None)
     for name in (prompt, answer):
         if name is not None and name not in names:
             allowed = "text in prompt and answer, or in prompt_field and answer_field"
@@ -78,15 +100,16 @@ def _answer(where: str, answer: Any) -> str:
         raise FieldError(where, f"the answer is a {type(answer).__name__}", "text or a number")
     if not math.isfinite(answer):
         raise FieldError(where, f"the answer is {answer}", "text or a finite number")
-    return str(answer)
+    whole = answer == int(answer)  # tables often hold 18 as 18.0
+    return str(int(answer)) if whole else str(answer)
 
 
 def _final(where: str, answer: str) -> str:
-    """What follows the mark if that is how the last line begins."""
-    last = answer.rstrip().rpartition("\n")[2]
-    if not last.startswith(_ANSWER_MARK):
+    """What follows the mark in the last line that begins with it, if there is one."""
+    marked = [line for line in answer.splitlines() if line.startswith(_ANSWER_MARK)]
+    if not marked:
         return answer
-    final = last.removeprefix(_ANSWER_MARK).strip()
+    final = marked[-1].removeprefix(_ANSWER_MARK).strip()
     if not final:
         raise FieldError(
             where, f"the answer has nothing after {_ANSWER_MARK}", f"{_ANSWER_MARK} 18"

@@ -1,17 +1,21 @@
-"""Rows of prompts: a JSONL or Parquet file, or a Hugging Face dataset by name."""
+"""Rows of prompts: JSONL, JSON or Parquet files, or a Hugging Face dataset by name."""
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ibtree.errors import FieldError
 
 HUB = "hf:"
-ALLOWED = f"a JSONL file, a .parquet file or {HUB}NAME[:CONFIG[:SPLIT]]"
+ALLOWED = f"a JSONL, JSON or .parquet file, a folder or glob of them, or {HUB}NAME[:CONFIG[:SPLIT]]"
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 Row = tuple[str, Any, Any]
 """A row of prompts: where it stands, its prompt, and its answer or None."""
@@ -20,29 +24,85 @@ Pick = Callable[[str, Collection[str]], tuple[str, str | None]]
 
 
 def rows(source: str, pick: Pick) -> Iterator[Row]:
-    """The rows of a source. Raises FieldError that says where something cannot be read."""
+    """The rows of a source, those of several files in order of their names. Raises FieldError that
+    says where something cannot be read."""
     if source.startswith(HUB):
         return _hub_rows(source, pick)
+    return chain.from_iterable(_file_rows(path, pick) for path in _files(source))
+
+
+def _files(source: str) -> list[Path]:
     path = Path(source)
-    if not path.is_file():
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+        if not files:
+            raise FieldError("prompts", f"no file *{', *'.join(_SUFFIXES)} in {path}", ALLOWED)
+        return files
+    if path.is_file():
+        return [path]
+    matching = sorted(Path(name) for name in glob(source, recursive=True))  # noqa: PTH207
+    matching = [file for file in matching if file.is_file()]
+    if not matching:
         raise FieldError("prompts", f"no file {path}", ALLOWED)
-    return _parquet_rows(path, pick) if path.suffix == ".parquet" else _jsonl_rows(path, pick)
+    return matching
+
+
+def _file_rows(path: Path, pick: Pick) -> Iterator[Row]:
+    if path.suffix == ".parquet":
+        return _parquet_rows(path, pick)
+    return _array_rows(path, pick) if path.suffix == ".json" else _jsonl_rows(path, pick)
+
+
+def field_of(entry: Mapping[str, Any], name: str) -> Any:
+    """The value of a field, or of one in a field that holds fields: `reward_model.ground_truth`.
+    None where there is none."""
+    if name in entry:
+        return entry[name]
+    outer, dot, inner = name.partition(".")
+    below = entry.get(outer)
+    return field_of(below, inner) if dot and isinstance(below, Mapping) else None
+
+
+def _names(entry: Mapping[str, Any]) -> list[str]:
+    """Names of the fields, and dotted ones of those in fields that hold fields."""
+    inner = [f"{k}.{n}" for k, v in entry.items() if isinstance(v, Mapping) for n in _names(v)]
+    return [*entry, *inner]
+
+
+def _row(where: str, entry: Any, pick: Pick) -> Row:
+    if not isinstance(entry, dict):
+        raise FieldError(where, "no JSON object", 'objects {"prompt": text, ...}')
+    prompt, answer = pick(where, _names(entry))
+    return where, field_of(entry, prompt), None if answer is None else field_of(entry, answer)
 
 
 def _jsonl_rows(path: Path, pick: Pick) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"prompts {path}:{number}"
-            try:
-                entry = json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise FieldError(where, f"{error!r}", "a JSON object, text in UTF-8") from error
-            if not isinstance(entry, dict):
-                raise FieldError(where, "no JSON object", 'objects {"prompt": text, ...}')
-            prompt, answer = pick(where, entry.keys())
-            yield where, entry[prompt], None if answer is None else entry[answer]
+            if number == 1 and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                yield from _array_rows(path, pick)
+                return
+            if line.strip():
+                where = f"prompts {path}:{number}"
+                yield _row(where, _parsed(where, line), pick)
+
+
+def _array_rows(path: Path, pick: Pick) -> Iterator[Row]:
+    """A file that is one JSON array; one that is JSON lines all the same is read as such."""
+    data = path.read_bytes()
+    if not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _jsonl_rows(path, pick)
+        return
+    for number, entry in enumerate(_parsed(f"prompts {path}:1", data), 1):
+        where = f"prompts {path} row {number}"
+        yield _row(where, entry, pick)
+
+
+def _parsed(where: str, data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise FieldError(where, f"{error!r}", "a JSON object, text in UTF-8") from error
 
 
 def _parquet_rows(path: Path, pick: Pick) -> Iterator[Row]:
@@ -51,15 +111,29 @@ def _parquet_rows(path: Path, pick: Pick) -> Iterator[Row]:
     where, number = f"prompts {path}", 0
     try:
         with parquet.ParquetFile(path) as file:
-            prompt, answer = pick(where, file.schema_arrow.names)
-            columns = [prompt] if answer is None else [prompt, answer]
-            for batch in file.iter_batches(columns=columns):
+            prompt, answer = pick(where, _dotted(file.schema_arrow, arrow))
+            columns = {name.partition(".")[0] for name in (prompt, answer) if name}
+            columns |= {name for name in (prompt, answer) if name}
+            wanted = [name for name in file.schema_arrow.names if name in columns]
+            for batch in file.iter_batches(columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{where} row {number}", row[prompt], row.get(answer)
+                    value = None if answer is None else field_of(row, answer)
+                    yield f"{where} row {number}", field_of(row, prompt), value
     except arrow.ArrowException as error:
         problem = f"not readable after row {number}: {_one_line(error)}"
         raise FieldError(where, problem, "a Parquet file") from error
+
+
+def _dotted(fields: Any, arrow: Any) -> list[str]:
+    """Names of a schema's columns, and dotted ones of those in columns that hold fields."""
+    names: list[str] = []
+    for field in fields:
+        names.append(field.name)
+        if arrow.types.is_struct(field.type):
+            inner = [field.type.field(i) for i in range(field.type.num_fields)]
+            names += [f"{field.name}.{name}" for name in _dotted(inner, arrow)]
+    return names
 
 
 def _hub_rows(source: str, pick: Pick) -> Iterator[Row]:
@@ -74,10 +148,10 @@ def _hub_rows(source: str, pick: Pick) -> Iterator[Row]:
     except Exception as error:  # of many kinds: no such name, no network, broken files
         allowed = "a dataset that loads; the split is train unless it is named"
         raise FieldError(where, _one_line(error), allowed) from error
-    prompt, answer = pick(where, table.column_names)
-    columns = [prompt] if answer is None else [prompt, answer]
-    for number, row in enumerate(table.select_columns(columns), 1):
-        yield f"{where} row {number}", row[prompt], row.get(answer)
+    prompt, answer = pick(where, _names(table[0]) if len(table) else table.column_names)
+    for number, row in enumerate(table, 1):
+        value = None if answer is None else field_of(row, answer)
+        yield f"{where} row {number}", field_of(row, prompt), value
 
 
 def _module(name: str, what: str) -> Any:

@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 from ibtree.data.questions import Question, read_questions
 from ibtree.errors import FieldError
+from ibtree.messages import Chat, ChatMessage
 from tests import ROOT
 
 GSM8K = Path(os.environ.get("IBTPO_TEST_DATA", ROOT / "../shared/data")) / "gsm8k/test.jsonl"
@@ -108,7 +109,7 @@ def test_only_a_last_line_is_a_final_answer(tmp_path):
     answers = ["#### 1\nno, 2", "see #### 3", "it is\n#### 1,600 \n", "a ####\n####4"]
     rows = [{"prompt": "p", "answer": answer} for answer in answers]
     answers = [q.answer for q in read_questions(jsonl(tmp_path, *rows))]
-    assert answers == ["#### 1\nno, 2", "see #### 3", "1,600", "4"]
+    assert answers == ["1", "see #### 3", "1,600", "4"]
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"{GSM8K} is absent: IBTPO_TEST_DATA")
@@ -209,3 +210,64 @@ def test_what_is_wrong_with_a_dataset_is_one_line(hub, monkeypatch):
         assert f"prompts: got {spec}; allowed: " in refused(spec)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "the package datasets" in refused(hub)
+
+
+# --- the field's own files ----------------------------------------------------------------------
+
+VERL = {
+    "data_source": "math_dapo",
+    "prompt": [{"role": "user", "content": "What is 1 + 1?"}],
+    "reward_model": {"ground_truth": "2", "style": "rule"},
+}
+ASKED = Question(Chat((ChatMessage("user", "What is 1 + 1?"),)), "2")
+
+
+def test_verls_rows_are_read_as_they_are(tmp_path):
+    """DAPO-Math-17k and others: chat lists, and the answer in a field of a field."""
+    assert read_questions(jsonl(tmp_path, VERL)) == [ASKED]
+    parquet.write_table(pa.Table.from_pylist([VERL] * 3), tmp_path / "rows.parquet")
+    assert read_questions(tmp_path / "rows.parquet") == [ASKED] * 3
+    path = tmp_path / "rows.parquet"
+    assert read_questions(path, "prompt", "reward_model.style")[0].answer == "rule"
+    assert "no field 'reward_model.gold'" in refused(path, None, "reward_model.gold")
+
+
+def test_a_template_is_put_around_the_last_message(tmp_path):
+    (asked,) = read_questions(jsonl(tmp_path, VERL), template="{prompt} Think.")
+    assert asked.prompt.messages[-1].content == "What is 1 + 1? Think."
+
+
+@pytest.mark.parametrize("prompt", [[], ["text"], [{"role": "user"}], [{"content": "x"}], 3])
+def test_messages_without_role_and_content_are_refused(tmp_path, prompt):
+    assert "rows.jsonl:1" in refused(jsonl(tmp_path, {"prompt": prompt}))
+
+
+def test_a_byte_order_mark_and_an_array(tmp_path):
+    rows = [{"prompt": "a", "answer": 2.0}, {"prompt": "b", "answer": 1e20}]
+    lines = "\n".join(map(json.dumps, rows))
+    array = json.dumps(rows, indent=1)
+    expected = [Question("a", "2"), Question("b", "100000000000000000000")]
+    for name, text in [
+        ("a.jsonl", lines),
+        ("b.json", array),
+        ("c.json", lines),
+        ("d.jsonl", array),
+    ]:
+        for mark in ("", "\ufeff"):
+            path = tmp_path / name
+            path.write_text(mark + text, encoding="utf-8")
+            assert read_questions(path) == expected, (name, mark)
+    (tmp_path / "b.json").write_text(json.dumps([{"prompt": "a"}, 3]))
+    assert "b.json row 2: no JSON object" in refused(tmp_path / "b.json")
+
+
+def test_a_folder_or_a_glob_of_files(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}))
+    (tmp_path / "README.md").write_text("not a row")
+    both = [Question("a", ""), Question("b", "")]
+    assert read_questions(tmp_path) == both
+    assert read_questions(tmp_path / "*.jsonl") == both
+    assert "no file" in refused(tmp_path / "*.csv")
+    (tmp_path / "empty").mkdir()
+    assert "no file *.jsonl, *.json, *.parquet in" in refused(tmp_path / "empty")
