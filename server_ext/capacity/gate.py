@@ -34,10 +34,6 @@ class Gate:
         """The gate never opens again; call it inside an update."""
         self._shut = True
 
-    @property
-    def is_open(self) -> bool:
-        return self._open.is_set()
-
     async def opened(self) -> None:
         """Returns when the gate is open."""
         while not self._open.is_set():  # another update may close it before this one wakes up

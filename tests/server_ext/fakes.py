@@ -189,7 +189,7 @@ class FakeEngine:
             self.running[rid].set()
 
     async def try_out(self, prefix: Sequence[int], token: int) -> float:
-        assert not self._gate.is_open
+        assert not self._gate._open.is_set()
         self.tried.append(self.version)
         return self.logprob(prefix, token)
 
@@ -212,7 +212,7 @@ class FakeEngine:
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         assert not self.updating, "two updates at once"
-        assert not self._gate.is_open
+        assert not self._gate._open.is_set()
         self.updating = True
         try:
             fault = self.faults.popleft() if self.faults else None
