@@ -7,9 +7,11 @@ nodes; arrays are float64 of shape [N] in node order.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import numpy as np
 
-from ibtree.tree import Floats, Tree
+from ibtree.tree import Floats, Ints, Tree
 
 
 def values(tree: Tree, estimator: str) -> Floats:
@@ -25,14 +27,24 @@ def values(tree: Tree, estimator: str) -> Floats:
             tree.reward_sums, visits, out=np.zeros(len(tree)), where=visits > 0
         )
         return mean
+    parents, ends = np.asarray(tree.parents), np.asarray(tree.ends, float)
+    draws, rewards = np.asarray(tree.draws, float), np.asarray(tree.reward_sums)
+    # the root is its own parent: what it would add to itself is left out
+    kids = np.bincount(parents[1:], rewards[1:], len(tree))
+    weighted = np.where(ends > 0, rewards - kids, 0.0)  # of the node itself, then of all below too
+    total = ends + np.bincount(parents, draws, len(tree))
     value = np.zeros(len(tree))
-    for node in reversed(list(tree.topological())):
-        kids = tree.children(node)
-        draws = np.asarray([tree.draws[c] for c in kids], float)
-        own = tree.ends[node] * tree.reward(node) if tree.ends[node] else 0.0
-        total = tree.ends[node] + draws.sum()
-        value[node] = (own + draws @ value[kids]) / total if total else 0.0
+    for level in reversed(_levels(tree)):
+        value[level] = weighted[level] / np.maximum(total[level], 1.0)  # 0 / 1 where none ended
+        np.add.at(weighted, parents[level], draws[level] * value[level])
     return value
+
+
+def _levels(tree: Tree) -> list[Ints]:
+    """Nodes of the tree by their depth in steps, the root's level first."""
+    depths = np.array(tree.depths_steps)
+    order = np.argsort(depths, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(depths[order])) + 1)
 
 
 def confidences(tree: Tree, form: str, logprobs: Floats | None = None) -> Floats:
@@ -43,22 +55,25 @@ def confidences(tree: Tree, form: str, logprobs: Floats | None = None) -> Floats
     `geometric`: exp(mean log-probability); `product`: exp(sum); `sibling`: `product` normalised
     over the siblings.
     """
-    sums = logprobs
-    if sums is None:
-        sums = np.asarray([step.logprob for step in tree.steps], float)
+    sums = np.array(tree.logprob_sums) if logprobs is None else logprobs
     if form == "geometric":
-        lengths = np.asarray([max(len(step.token_ids), 1) for step in tree.steps], float)
-        sums = sums / lengths
+        sums = sums / np.maximum(tree.lengths, 1)
     if form != "sibling":
         confidence: Floats = np.exp(sums)
         return confidence
+    children, parents = _children(tree)
+    highest = np.full(len(tree), -np.inf)
+    np.maximum.at(highest, parents, sums[children])
+    relative = np.exp(sums[children] - highest[parents])
     normalised = np.ones(len(tree))
-    for node in range(len(tree)):
-        kids = tree.children(node)
-        if kids:
-            relative = np.exp(sums[kids] - sums[kids].max())
-            normalised[kids] = relative / relative.sum()
+    normalised[children] = relative / np.bincount(parents, relative, len(tree))[parents]
     return normalised
+
+
+def _children(tree: Tree) -> tuple[Ints, Ints]:
+    """Every node that is a child (neither the root nor merged away), and its parent."""
+    children = np.flatnonzero(tree.lengths)
+    return children, np.asarray(tree.parents)[children]
 
 
 def info_gains(tree: Tree, value: Floats, beta: float, zero_value_ratio: float = 0.0) -> Floats:
@@ -81,8 +96,8 @@ def ib_scores(tree: Tree) -> Floats:
     o = tree.options
     value = values(tree, o.value_estimator)
     gain = info_gains(tree, value, o.beta, o.zero_value_ratio)
-    weighted = np.asarray(tree.draws) * gain * confidences(tree, o.confidence)
     parents, draws = np.asarray(tree.parents), np.asarray(tree.draws, float)
+    weighted = draws * gain * confidences(tree, o.confidence)
     total = np.bincount(parents, draws, len(tree))
     numerator = np.bincount(parents, weighted, len(tree))  # the root adds 0 to itself: draws = 0
     scores: Floats = np.full(len(tree), np.nan)
@@ -92,12 +107,13 @@ def ib_scores(tree: Tree) -> Floats:
 
 def rest_tokens(tree: Tree) -> Floats:
     """r(n): mean number of tokens from the end of n to the ends of the rollouts through it, [N]."""
-    length = np.asarray([len(step.token_ids) for step in tree.steps], float)
-    below = np.zeros(len(tree))  # over the rollouts through n: tokens from its end on
-    for node in reversed(list(tree.topological())):
-        if node:
-            below[tree.parents[node]] += below[node] + tree.visits[node] * length[node]
-    return below / np.maximum(tree.visits, 1)
+    parents, visits = np.asarray(tree.parents), np.asarray(tree.visits, float)
+    to_node = visits * np.array(tree.lengths)  # over the rollouts through n: tokens of its own step
+    below = np.zeros(len(tree))  # and from its end on
+    for level in reversed(_levels(tree)[1:]):
+        np.add.at(below, parents[level], below[level] + to_node[level])
+    rest: Floats = below / np.maximum(visits, 1)
+    return rest
 
 
 def budget_scores(tree: Tree) -> Floats:
@@ -120,19 +136,19 @@ def balance(tree: Tree) -> float:
     o = tree.options
     gain = info_gains(tree, values(tree, o.value_estimator), o.beta, o.zero_value_ratio)
     confidence = confidences(tree, o.confidence)
-    covariances = []
-    for node in range(len(tree)):
-        kids = tree.children(node)
-        if len(kids) >= 2:
-            w = np.asarray([tree.draws[c] for c in kids], float)
-            mean_gain, mean_conf = (
-                np.average(gain[kids], weights=w),
-                np.average(confidence[kids], weights=w),
-            )
-            covariances.append(
-                np.average((gain[kids] - mean_gain) * (confidence[kids] - mean_conf), weights=w)
-            )
-    return float(np.mean(covariances)) if covariances else float("nan")
+    children, parents = _children(tree)
+    weight = np.asarray(tree.draws, float)[children]
+    total = np.maximum(np.bincount(parents, weight, len(tree)), 1.0)
+
+    def centred(of_nodes: Floats) -> Floats:
+        of_children = of_nodes[children]
+        mean = np.bincount(parents, weight * of_children, len(tree)) / total
+        return of_children - mean[parents]
+
+    products = weight * centred(gain) * centred(confidence)
+    covariances = np.bincount(parents, products, len(tree)) / total
+    several = np.bincount(parents, minlength=len(tree)) >= 2
+    return float(covariances[several].mean()) if several.any() else float("nan")
 
 
 def trajectory_weights(tree: Tree, how: str) -> Floats:
@@ -143,26 +159,49 @@ def trajectory_weights(tree: Tree, how: str) -> Floats:
     """
     if how == "visits":
         return np.asarray(tree.ends, float) / max(tree.trajectories, 1)
-    flow, weight = np.zeros(len(tree)), np.zeros(len(tree))
-    flow[0] = 1.0
-    for node in tree.topological():
-        kids = tree.children(node)
-        total = tree.ends[node] + sum(tree.draws[c] for c in kids)
-        if total:
-            weight[node] = flow[node] * tree.ends[node] / total
-            for c in kids:
-                flow[c] = flow[node] * tree.draws[c] / total
+    parents, ends = np.asarray(tree.parents), np.asarray(tree.ends, float)
+    draws = np.asarray(tree.draws, float)
+    total = np.maximum(ends + np.bincount(parents, draws, len(tree)), 1.0)
+    flow = np.ones(len(tree))
+    for level in _levels(tree)[1:]:
+        above = parents[level]
+        flow[level] = flow[above] * draws[level] / total[above]
+    weight: Floats = flow * ends / total
     return weight
 
 
 def candidates(tree: Tree) -> list[int]:
     """Nodes a branch may start from: the non-leaf nodes with token budget left (root included)."""
-    limit = tree.options.sampling.max_new_tokens
-    tokens, _ = tree.depths()
-    return [n for n in range(len(tree)) if not tree.is_leaf(n) and tokens[n] < limit]
+    limit, depths = tree.options.sampling.max_new_tokens, tree.depths_tokens
+    return [node for node in tree.inner_nodes() if depths[node] < limit]
 
 
 def best(tree: Tree, scores: Floats, among: list[int], count: int) -> list[int]:
     """The `count` nodes of highest score; ties go to the shallower node [steps], then the older."""
-    _, steps = tree.depths()
-    return sorted(among, key=lambda n: (-scores[n], steps[n], tree.born[n]))[:count]
+    if not among or count < 1:
+        return []
+    nodes = np.asarray(among, np.int64)
+    ranks, last = -scores[nodes], min(count, len(nodes)) - 1
+    chosen = ~(ranks > np.partition(ranks, last)[last])  # a bound that is no number keeps all
+    nodes, ranks = nodes[chosen], ranks[chosen]
+    depths, born = np.array(tree.depths_steps)[nodes], [tree.born[node] for node in nodes]
+    return [int(node) for node in nodes[np.lexsort((born, depths, ranks))][:count]]
+
+
+def unlikeliest_token(tree: Tree, busy: Set[int]) -> tuple[int, int] | None:
+    """The token of lowest log-probability that no rollout started before: its node, and where in
+    it; None if there is none. From the nodes in `busy` one is about to start. Ties: the older."""
+    inside = np.array([step.likeliest_fork[0] for step in tree.steps])
+    first = np.array([step.logprobs[0] if step.logprobs else np.inf for step in tree.steps])
+    used = np.asarray(tree.starts) > 0
+    used[[*busy]] = True
+    first[used[tree.parents]] = np.inf
+    lowest = min(inside.min(), first.min())
+    if lowest == np.inf:
+        return None
+    at_first = np.flatnonzero(first == lowest).tolist()
+    at_inside = np.flatnonzero(inside == lowest).tolist()
+    forks = [(tree.born[n], 0, n) for n in at_first]
+    forks += [(tree.born[n], tree.steps[n].likeliest_fork[1], n) for n in at_inside]
+    _, at, node = min(forks)
+    return node, at

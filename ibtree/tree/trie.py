@@ -9,10 +9,12 @@ from its parent, `starts` rollouts started from its end, `ends` rollouts that en
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +121,13 @@ class Tree:
     reward_sums: list[float] = field(default_factory=lambda: [0.0])
     finishes: list[Finish] = field(default_factory=lambda: [Finish.NONE])
     born: list[int] = field(default_factory=lambda: [0])
+    lengths: array[int] = field(default_factory=lambda: array("q", [0]))
+    """Tokens of each step; 0 for the root and for what a `split` merged away."""
+    depths_tokens: array[int] = field(default_factory=lambda: array("q", [0]))
+    """Tokens from the prompt's end to the end of each node."""
+    depths_steps: array[int] = field(default_factory=lambda: array("q", [0]))
+    logprob_sums: array[float] = field(default_factory=lambda: array("d", [0.0]))
+    """ln-probability of each whole step [nats]."""
     step_unit: str = ""
     """What closed its steps: text, paragraph, line or sentence; empty: unknown."""
     texts: list[str] = field(default_factory=list)
@@ -137,13 +146,17 @@ class Tree:
     @property
     def unique_tokens(self) -> int:
         """Generated tokens, each counted once."""
-        return sum(len(step.token_ids) for step in self.steps)
+        return sum(self.lengths)
 
     def children(self, node: int) -> list[int]:
         return list(self._children[node].values())
 
     def is_leaf(self, node: int) -> bool:
         return not self._children[node]
+
+    def inner_nodes(self) -> list[int]:
+        """Nodes with children, in order of their ids."""
+        return [node for node, children in enumerate(self._children) if children]
 
     def path(self, node: int) -> list[int]:
         """Nodes from below the root to `node`, both ends included (empty for the root)."""
@@ -155,24 +168,14 @@ class Tree:
 
     def prefix(self, node: int) -> tuple[int, ...]:
         """Token ids generated from the prompt's end to the end of `node`."""
-        return tuple(t for n in self.path(node) for t in self.steps[n].token_ids)
+        return tuple(chain.from_iterable(self.steps[n].token_ids for n in self.path(node)))
 
     def depth_tokens(self, node: int) -> int:
         """Generated tokens from the prompt's end to the end of `node`."""
-        return sum(len(self.steps[n].token_ids) for n in self.path(node))
-
-    def depths(self) -> tuple[list[int], list[int]]:
-        """Depth of every node's end, in tokens and in steps, [N] each, found in one pass."""
-        tokens, steps = [0] * len(self), [0] * len(self)
-        for node in self.topological():
-            if node:
-                parent = self.parents[node]
-                tokens[node] = tokens[parent] + len(self.steps[node].token_ids)
-                steps[node] = steps[parent] + 1
-        return tokens, steps
+        return self.depths_tokens[node]
 
     def depth_steps(self, node: int) -> int:
-        return len(self.path(node))
+        return self.depths_steps[node]
 
     def reward(self, node: int) -> float:
         """Reward of the rollouts that end with `node`; NaN if none does.
@@ -246,6 +249,10 @@ class Tree:
         node = len(self.parents)
         self.parents.append(parent)
         self.steps.append(step)
+        self.lengths.append(len(step.token_ids))
+        self.depths_tokens.append(self.depths_tokens[parent] + len(step.token_ids))
+        self.depths_steps.append(self.depths_steps[parent] + 1)
+        self.logprob_sums.append(step.logprob)
         for counts in (self.draws, self.visits, self.starts, self.ends):
             counts.append(0)
         self.reward_sums.append(0.0)
@@ -274,7 +281,8 @@ class Tree:
         first_draw = self.steps[folded[0]]
         whole = [s for s in folded if len(self.steps[s].token_ids) == at]
         upper = whole[0] if whole else self._add(parent, first_draw)
-        self.steps[upper] = first_draw.cut(at)[0] if len(first_draw.token_ids) > at else first_draw
+        self._put(upper, first_draw.cut(at)[0] if len(first_draw.token_ids) > at else first_draw)
+        self.depths_tokens[upper] = self.depths_tokens[parent] + at
         self._children[parent].pop(first_draw.token_ids, None)
         siblings[head] = upper
         self.born[upper] = self.born[folded[0]]
@@ -283,9 +291,19 @@ class Tree:
                 self.draws[upper] += self.draws[s]
                 self.visits[upper] += self.visits[s]
                 self.reward_sums[upper] += self.reward_sums[s]
-                self.steps[s] = self.steps[s].cut(at)[1]
+                self._put(s, self.steps[s].cut(at)[1])
                 self._hang(s, upper)
+        below = [upper]
+        for s in below:
+            for child in self._children[s].values():
+                self.depths_steps[child] = self.depths_steps[s] + 1
+                below.append(child)
         return upper
+
+    def _put(self, node: int, step: Step) -> None:
+        """Gives the node another step."""
+        self.steps[node], self.lengths[node] = step, len(step.token_ids)
+        self.logprob_sums[node] = step.logprob
 
     def alive(self, node: int) -> int:
         """The node itself, or the one it was merged into by a `split`."""
@@ -302,7 +320,7 @@ class Tree:
             return
         if self.born[node] < self.born[twin]:
             self.born[twin] = self.born[node]
-            self.steps[twin] = self.steps[node]  # keep the log-probabilities of the first draw
+            self._put(twin, self.steps[node])  # keep the log-probabilities of the first draw
         for counts in (self.draws, self.visits, self.starts, self.ends):
             counts[twin] += counts[node]
             counts[node] = 0
@@ -311,7 +329,8 @@ class Tree:
         self.finishes[twin] = self.finishes[twin] or self.finishes[node]
         orphans = self.children(node)
         self._children[node] = {}
-        self.steps[node], self.parents[node], self.finishes[node] = _ROOT, twin, Finish.NONE
+        self._put(node, _ROOT)
+        self.parents[node], self.finishes[node] = twin, Finish.NONE
         for orphan in orphans:
             self._hang(orphan, twin)
 

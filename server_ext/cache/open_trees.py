@@ -8,10 +8,9 @@ open ── rollouts finish: their paths are protected ──▶ close | deadlin
 from __future__ import annotations
 
 import zlib
-from array import array
 from dataclasses import dataclass, field
 
-import numpy as np
+from server_ext.cache.path_trie import Key, PathTrie, Run
 
 
 @dataclass(frozen=True)
@@ -28,32 +27,17 @@ class TreeAccount:
     protected: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class Key:
-    """Token ids (int64) in a namespace of the cache; those of two have nothing in common."""
-
-    tokens: array[int]
-    namespace: tuple[str | None, ...] = ()
-
-    def common(self, other: Key) -> int:
-        """Length of the common prefix [tokens]."""
-        n = min(len(self.tokens), len(other.tokens))
-        if not n or self.namespace != other.namespace:
-            return 0
-        mine, others = (np.frombuffer(k.tokens, np.int64, n) for k in (self, other))
-        differ = mine != others
-        return int(differ.argmax()) if differ.any() else n
-
-    def first(self, n: int) -> Key:
-        return Key(self.tokens[:n], self.namespace)
-
-
 @dataclass(eq=False)
 class Path:
     """A finished rollout of a tree, from the prompt on: what is left of it in the cache."""
 
     tree: _OpenTree
-    key: Key
+    end: Run
+    namespace: tuple[str | None, ...]
+
+    @property
+    def key(self) -> Key:
+        return Key(self.end.path(), self.namespace)
 
 
 @dataclass(eq=False)
@@ -65,7 +49,7 @@ class _OpenTree:
     cached: int = 0
     refilled: int = 0
     protected: int = 0
-    known: list[Key] = field(default_factory=list)
+    known: PathTrie = field(default_factory=PathTrie)
     """What the tree ever had cached under the current weights."""
     started: dict[str, int] = field(default_factory=dict)
     """How many paths were known when a request first looked for its prefix, by its id."""
@@ -131,14 +115,15 @@ class OpenTrees:
         """The cache was flushed, or the weights changed: nothing cached can be hit again."""
         for tree in self._trees.values():
             self._forget(tree)
-            tree.known.clear()
+            tree.known = PathTrie()
+            tree.started.clear()
         self._note("forget", "")
         self._lower_floor()
 
     def started(self, rid: str) -> None:
         """The request looks for its prefix, perhaps not for the first time."""
         if tree := self._of(rid):
-            tree.started.setdefault(rid, len(tree.known))
+            tree.started.setdefault(rid, tree.known.paths)
 
     def finished(
         self, rid: str, path: Key, prompt_tokens: int, cached_tokens: int, node: int
@@ -150,12 +135,14 @@ class OpenTrees:
             return
         tree.asked += prompt_tokens
         tree.cached += cached_tokens
-        before = tree.known[: tree.started.pop(rid, 0)]
-        known = max((path.common(key) for key in before), default=0)
+        overlap = tree.known.overlap(path)
+        known, covered = overlap.earlier(tree.started.pop(rid, 0)), overlap.held()
         # the engine computes a prompt's last token in any case
         tree.refilled += max(min(known, prompt_tokens - 1) - cached_tokens, 0)
-        self._protect(tree, path, node)
-        tree.known.append(path)
+        end = tree.known.add(path, overlap)
+        if node not in tree.nodes:
+            tree.protected += end.depth - covered
+            self._protect(Path(tree, end, path.namespace), node)
         self._lower_floor()
 
     def protects(self, node: int) -> bool:
@@ -186,28 +173,25 @@ class OpenTrees:
         paths = self._ends.pop(node, [])
         for path in paths:
             del path.tree.nodes[node]
+            path.end.hold(-1)
         return paths
 
     def shortened(self, path: Path, left: int, node: int) -> None:
         """The first `left` tokens of an evicted path remain and end in `node`."""
-        lost = len(path.key.tokens) - left
-        path.key = path.key.first(left)
+        lost = path.end.depth - left
+        path.end = path.end.cut(left)
         path.tree.protected -= lost
         self.evicted_tokens += lost
         self._note("evicted", f"{path.tree.name} {lost}")
         if left and node not in path.tree.nodes:  # else another of its paths covers the rest
-            path.tree.nodes[node] = path
-            self._ends.setdefault(node, []).append(path)
+            self._protect(path, node)
 
     def _of(self, rid: str) -> _OpenTree | None:
         return self._trees.get(rid.rpartition("/")[0])
 
-    def _protect(self, tree: _OpenTree, key: Key, node: int) -> None:
-        if node in tree.nodes:
-            return
-        covered = max((path.key.common(key) for path in tree.nodes.values()), default=0)
-        tree.protected += len(key.tokens) - covered
-        tree.nodes[node] = path = Path(tree, key)
+    def _protect(self, path: Path, node: int) -> None:
+        path.end.hold()
+        path.tree.nodes[node] = path
         self._ends.setdefault(node, []).append(path)
 
     def _forget(self, tree: _OpenTree) -> None:

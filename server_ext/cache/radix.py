@@ -24,7 +24,8 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_serving
 
 from server_ext.cache.names import DEFAULT_FRACTION, FRACTION_VARIABLE
-from server_ext.cache.open_trees import Key, OpenTrees
+from server_ext.cache.open_trees import OpenTrees
+from server_ext.cache.path_trie import Key
 
 
 class Weights(NamedTuple):

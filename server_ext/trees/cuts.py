@@ -10,6 +10,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import median
 
@@ -17,8 +18,8 @@ Decode = Callable[[Sequence[int]], str]
 
 _TOKENS_A_CHARACTER = 4
 """At most: the bytes of one."""
-_LONGEST_RUN = 1024
-"""Tokens of an unfinished character that a window may begin before: no text has more."""
+_BLOCK_TOKENS = 256
+"""What is decoded at once in the search for a stop string."""
 UNITS: dict[str, tuple[str, ...]] = {"paragraph": ("\n\n",), "line": ("\n",), "sentence": ()}
 """What closes a step under the rule `auto`, the coarsest first."""
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+\Z|[。！？][\"'”’)\]」』]*\Z")
@@ -35,6 +36,9 @@ class Vocabulary:
     partial: Set[int]
     """Ids that hold a part of a character, or a byte that is decoded together with its
     neighbours."""
+    longest_run: int = _TOKENS_A_CHARACTER
+    """How many partial ids in a row are decoded together, at most. Where bytes are bytes, those of
+    a character."""
 
 
 class Segmenter:
@@ -85,7 +89,7 @@ class Segmenter:
             while start > opened and counted < self._reach:
                 start -= 1
                 counted += token_ids[start] not in self._vocabulary.silent
-            least = max(start - _LONGEST_RUN, opened)
+            least = max(start - self._vocabulary.longest_run, opened)
             while start > least and token_ids[start] in self._vocabulary.partial:
                 start -= 1
         return self._decode(token_ids[start:stop])
@@ -144,12 +148,21 @@ def stop_length(
     """
     if not stops:
         return None
-    tail = [*before][-_TOKENS_A_CHARACTER * max(map(len, stops)) :]
+    reach = 2 + _TOKENS_A_CHARACTER * max(map(len, stops))
+    border = min(len(before), reach)
+    path = [*before[len(before) - border :], *token_ids]
 
-    def stopped(length: int) -> bool:
-        text = decode([*tail, *token_ids[:length]])
+    def stopped(begin: int, end: int) -> bool:
+        text = decode(path[begin:end])
         return any(stop in text for stop in stops)
 
-    if not stopped(len(token_ids)):
+    if not stopped(0, len(path)):
         return None
-    return bisect_left(range(len(token_ids) + 1), True, lo=1, key=stopped)
+    for block in range(border, len(path), _BLOCK_TOKENS):
+        begin, end = max(block - reach, 0), min(block + _BLOCK_TOKENS, len(path))
+        if stopped(begin, end):
+            ends = range(block + 1, end + 1)
+            return ends[bisect_left(ends, True, key=partial(stopped, begin))] - border
+    # between its characters are more silent tokens than a block reaches back over
+    ends = range(border + 1, len(path) + 1)
+    return ends[bisect_left(ends, True, key=partial(stopped, 0))] - border

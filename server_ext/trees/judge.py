@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from ibtree.messages import Submission
 from ibtree.tree import Tree
 from server_ext.rewards.base import Grader, TreeGrader
 from server_ext.trees.job import Job
 from server_ext.trees.text import Tokenizer
+
+_LONG_TOKENS = 8192
+"""Trajectories from here on are decoded beside the event loop."""
 
 
 class Judge:
@@ -21,7 +26,11 @@ class Judge:
 
     async def grade(self, token_ids: tuple[int, ...]) -> float:
         """Reward in [0, 1] of the trajectory of these generated ids."""
-        completion = self._tokenizer.decode(token_ids, special=False)
+        decode = self._tokenizer.decode
+        if len(token_ids) < _LONG_TOKENS:
+            completion = decode(token_ids, special=False)
+        else:
+            completion = await asyncio.to_thread(decode, token_ids, special=False)
         job = self._job
         submission = Submission(self._prompt_text, completion, job.answer, job.tree_id)
         if isinstance(self._grader, TreeGrader):

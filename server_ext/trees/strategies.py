@@ -12,7 +12,13 @@ from typing import Protocol
 from ibtree.errors import FieldError
 from ibtree.tree import Floats, Tree
 from ibtree.tree.options import TreeOptions
-from ibtree.tree.score import best, budget_scores, candidates, ib_scores
+from ibtree.tree.score import (
+    best,
+    budget_scores,
+    candidates,
+    ib_scores,
+    unlikeliest_token,
+)
 
 ENTRY_POINTS = "ibtpo.strategies"
 
@@ -111,30 +117,12 @@ class Entropy(_Branching):
     def branch(self, tree: Tree, count: int, busy: Set[int]) -> list[int]:
         chosen: list[int] = []
         for _ in range(count):  # one by one: a split may fold others away
-            fork = self._fork(tree, {*busy, *chosen})
+            fork = unlikeliest_token(tree, {*busy, *chosen})
             if fork is None:
                 return [tree.alive(n) for n in chosen] or _free(tree, busy)[:count]
             node, at = fork
             chosen.append(tree.split(node, at) if at else tree.parents[node])
         return [tree.alive(node) for node in chosen]
-
-    def _fork(self, tree: Tree, busy: Set[int]) -> tuple[int, int] | None:
-        """The node, and the position in it, of the unused token of highest surprisal."""
-        tokens = []
-        for node in range(1, len(tree)):
-            step, parent = tree.steps[node], tree.parents[node]
-            if not step.token_ids:
-                continue  # merged away by a split
-            tokens.append((*step.likeliest_fork, node))
-            if not (tree.starts[parent] or parent in busy):
-                tokens.append((step.logprobs[0], 0, node))
-        forks = [
-            (logprob, tree.born[node], at, node)
-            for logprob, at, node in tokens
-            if logprob < float("inf")
-        ]
-        _, _, at, node = min(forks, default=(0.0, 0, 0, 0))
-        return (node, at) if node else None
 
 
 BUILT_IN: dict[str, Strategy] = {

@@ -21,6 +21,8 @@ from server_ext.trees.cuts import (
 )
 
 _PROBE = "a b\n\nc"
+_LONGEST_RUN = 1024
+"""Of byte tokens that a window may begin before: no text has more."""
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -140,11 +142,10 @@ class Tokenizer:
     def _vocabulary(self) -> Vocabulary:
         spelt = self._tokenizer.convert_ids_to_tokens(range(len(self)))
         beyond = range(len(self), self.model_vocabulary)
-        return Vocabulary(
-            silent={i for i, text in enumerate(self._texts) if not text} | {*beyond},
-            partial={
-                i
-                for i, (text, token) in enumerate(zip(self._texts, spelt, strict=True))
-                if "\ufffd" in text or _BYTE_TOKEN.fullmatch(token or "")
-            },
-        )
+        silent = {i for i, text in enumerate(self._texts) if not text} | {*beyond}
+        partial = {i for i, text in enumerate(self._texts) if "\ufffd" in text}
+        # one invalid byte makes all of a run of such tokens unreadable
+        byte_tokens = {i for i, token in enumerate(spelt) if _BYTE_TOKEN.fullmatch(token or "")}
+        if not byte_tokens:
+            return Vocabulary(silent, partial)
+        return Vocabulary(silent, partial | byte_tokens, _LONGEST_RUN)

@@ -112,6 +112,8 @@ class Pair:
         assert set(nodes) == slow.nodes()
         assert sorted(fast.topological()) == sorted(nodes.values())
         assert fast.trajectories == len(slow.rollouts)
+        assert fast.unique_tokens == sum(len(path[-1]) for path in nodes if path)
+        assert fast.inner_nodes() == sorted(n for n in nodes.values() if fast.children(n))
         for path, n in nodes.items():
             assert (fast.visits[n], fast.draws[n]) == (slow.visits(path), slow.draws(path))
             assert (fast.starts[n], fast.ends[n]) == (slow.starts(path), slow.ends(path))
@@ -120,6 +122,8 @@ class Pair:
             assert {path_of(fast, c) for c in fast.children(n)} == set(slow.children(path))
             assert fast.depth_steps(n) == len(path)
             assert fast.depth_tokens(n) == len(fast.prefix(n)) == sum(map(len, path))
+            assert fast.lengths[n] == len(path[-1] if path else ())
+            assert math.isclose(fast.logprob_sums[n], sum(fast.steps[n].logprobs), abs_tol=1e-9)
             if fast.ends[n]:
                 assert math.isclose(fast.reward(n), slow.reward(path), abs_tol=1e-9)
             else:

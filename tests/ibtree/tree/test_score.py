@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from math import exp, log, sqrt
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ibtree.tree import Finish, Step, Tree
@@ -190,3 +191,36 @@ def test_backup_is_unbiased_where_the_allocation_is_fixed():
     error = {e: abs(np.mean(v) - true) / (np.std(v) / sqrt(len(v))) for e, v in estimates.items()}
     assert error["backup"] < 4
     assert error["mean"] > 20, "the six draws of a good step count in full"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    plan=PLANS,
+    picks=PICKS,
+    scores=st.lists(st.sampled_from([-math.inf, -1.0, 0.0, 2.0]), min_size=99, max_size=99),
+    limit=st.integers(1, 9),
+    count=st.integers(0, 9),
+)
+def test_the_best_candidates(plan, picks, scores, limit, count):
+    """Against a walk along every path, and a sort of everything."""
+    tree = Pair(options=changed(TreeOptions(), max_new_tokens=limit), distinct=False)
+    fast = tree.grow(plan).split_some(picks).fast
+    among = [n for n in range(len(fast)) if fast.children(n) and len(fast.prefix(n)) < limit]
+    assert candidates(fast) == among
+    assume(len(fast) <= len(scores))
+    order = sorted(among, key=lambda n: (-scores[n], len(fast.path(n)), fast.born[n]))
+    assert best(fast, np.asarray(scores[: len(fast)]), among, count) == order[:count]
+
+
+@pytest.mark.parametrize(("estimator", "form"), [("mean", "geometric"), ("backup", "sibling")])
+def test_a_large_tree_is_scored_quickly(estimator, form):
+    """64 rollouts of 200 steps: 3 ms where it was 83 ms node by node."""
+    tree = Tree(prompt=(), options=TreeOptions(value_estimator=estimator, confidence=form))
+    for number in range(64):
+        start = number * 7 % len(tree) if number else 0
+        start = start if number < 4 or not tree.is_leaf(start) else 0
+        steps = [step_of((number, depth)) for depth in range(200 - tree.depth_steps(start))]
+        tree.insert(start, steps, number % 3 / 2, Finish.STOP)
+    began = time.process_time()
+    best(tree, ib_scores(tree), candidates(tree), 1)
+    assert time.process_time() - began < 0.05

@@ -7,7 +7,7 @@ from array import array
 
 import pytest
 
-from server_ext.cache.open_trees import Key
+from server_ext.cache.path_trie import Key
 from tests.server_ext.cache.scheduler import (
     FRACTION_VARIABLE,
     MAX_TOKENS,

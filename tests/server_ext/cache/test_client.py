@@ -12,7 +12,8 @@ from ibtree.messages import CacheAudit
 from server_ext.cache import client as tree_cache
 from server_ext.cache.audit import Auditor, Score
 from server_ext.cache.client import TreeCache
-from server_ext.cache.open_trees import Key, OpenTrees
+from server_ext.cache.open_trees import OpenTrees
+from server_ext.cache.path_trie import Key
 from server_ext.errors import NoReplyError
 from server_ext.services.metrics import Metrics, serve_metrics
 from tests.server_ext.fakes import FakeRank, until

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from server_ext.engine import cpu
-from server_ext.trees.cuts import Segmenter, SentenceSegmenter, stop_length
+from server_ext.trees.cuts import SentenceSegmenter, stop_length
 from server_ext.trees.text import Tokenizer
 from tests.data import data
+from tests.reference.slow_cuts import slow_lengths, slow_stop_length
 
 SEQUENCES = 10_000
 LONG = 16_384
@@ -24,32 +26,76 @@ def tokenizer(request) -> Tokenizer:
 
 def likely(tokenizer: Tokenizer) -> list[int]:
     """Ids around line breaks, full stops and characters of several bytes."""
-    breaks = ("a\n\nb", ".\n\n", "\n\n\n", " \n\n", "\r\n\r\n", "\n", "。\n")
-    texts = (*breaks, "é", "😀\n", "a. B", ' "So?" ')
+    breaks = ("a\n\nb", ".\n\n", "\n\n\n", " \n\n", "\r\n\r\n", "\n", "\n ", "。\n")
+    texts = (*breaks, "é", "😀\n", "a. B", ' "So?" ', " a")
     return [token for text in texts for token in tokenizer.encode(text)]
 
 
-@pytest.mark.parametrize("separators", [("\n\n",), ("\n",), ("\n\n", "。"), (". ",)])
+def sequences(tokenizer: Tokenizer, count: int, longest: int = 24) -> Iterator[list[int]]:
+    """Line breaks, bits of characters, special tokens and ids of the model alone, each by turns
+    the most of a sequence."""
+    rng, common, size = random.Random(0), likely(tokenizer), tokenizer.model_vocabulary
+    texts = [(i, tokenizer.decode([i])) for i in range(len(tokenizer))]
+    favourites = (
+        common,
+        [i for i, text in texts if "\n" in text and len(text) < 4],
+        [i for i, text in texts if "\ufffd" in text],
+        [i for i, text in texts if text == "\ufffd"],
+        range(len(tokenizer) - 200, size),
+        range(size),
+    )
+    for _ in range(count):
+        favourite = rng.choice([ids for ids in favourites if ids])
+        yield [
+            rng.choice(favourite) if rng.random() < 0.7 else rng.choice(common)
+            for _ in range(rng.randrange(longest))
+        ]
+
+
+@pytest.mark.parametrize(
+    "separators", [("\n\n",), ("\n",), ("\n\n", "。"), (". ",), ("é",), ("<|end", "\n\n\n")]
+)
 def test_windows_cut_as_the_whole_text_does(tokenizer, separators):
     quick = tokenizer.segmenter(separators)
-    slow = Segmenter(tokenizer.decode, separators, None)
-    rng, ids = random.Random(0), likely(tokenizer)
-    count = SEQUENCES if separators == ("\n\n",) else 500
-    for _ in range(count):
-        token_ids = [
-            rng.choice(ids) if rng.random() < 0.8 else rng.randrange(tokenizer.model_vocabulary)
-            for _ in range(rng.randrange(24))
-        ]
-        assert quick.lengths(token_ids) == slow.lengths(token_ids), token_ids
+    for token_ids in sequences(tokenizer, SEQUENCES if separators == ("\n\n",) else 1000):
+        expected = slow_lengths(tokenizer.decode, separators, token_ids)
+        assert quick.lengths(token_ids) == expected, token_ids
+
+
+def test_stop_strings_end_where_the_whole_text_says(tokenizer):
+    stops = ("\n\na", "é", ". B")
+    for token_ids in sequences(tokenizer, 1000):
+        before, rest = token_ids[: len(token_ids) // 3], token_ids[len(token_ids) // 3 :]
+        if any(stop in tokenizer.decode(before) for stop in stops):
+            continue  # such a path has ended before
+        expected = slow_stop_length(tokenizer.decode, before, rest, stops)
+        assert stop_length(tokenizer.decode, before, rest, stops) == expected, token_ids
+
+
+@pytest.mark.parametrize("at", [0, 255, 256, 257, 700, 1000])
+def test_a_stop_string_across_blocks(tokenizer, at):
+    """Blocks of 256 tokens are decoded at a time; it is spelt with one token a letter here."""
+    letters = [token for letter in "END" for token in tokenizer.encode(letter)]
+    [word] = tokenizer.encode("word")
+    token_ids = [word] * at + letters + [word] * 300
+    assert stop_length(tokenizer.decode, (), token_ids, ("END",)) == at + len(letters)
+    assert stop_length(tokenizer.decode, token_ids[: at + 1], token_ids[at + 1 :], ("END",)) == 2
 
 
 def test_sentences_too(tokenizer):
     quick = tokenizer.unit_segmenters(0)["sentence"]
     slow = SentenceSegmenter(tokenizer.decode)
-    rng, ids = random.Random(1), likely(tokenizer)
-    for _ in range(1000):
-        token_ids = [rng.choice(ids) for _ in range(rng.randrange(24))]
+    for token_ids in sequences(tokenizer, 1000):
         assert quick.lengths(token_ids) == slow.lengths(token_ids), token_ids
+
+
+def test_a_rollout_of_bits_of_characters_is_cut_quickly(tokenizer):
+    """Every token may complete a separator that is no ASCII."""
+    bits = [i for i in range(len(tokenizer)) if tokenizer.decode([i]) == "\ufffd"]
+    token_ids = random.Random(0).choices(bits, k=LONG)
+    began = time.process_time()
+    tokenizer.segmenter(("。",)).lengths(token_ids)
+    assert time.process_time() - began < 1.0
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from ibtree.errors import FieldError
-from ibtree.tree import Tree
-from ibtree.tree.score import budget_scores, candidates, ib_scores, rest_tokens
+from ibtree.tree import Finish, Tree
+from ibtree.tree.score import (
+    budget_scores,
+    candidates,
+    ib_scores,
+    rest_tokens,
+    unlikeliest_token,
+)
 from server_ext.trees import strategies as module
-from server_ext.trees.strategies import BUILT_IN, IbScore, strategy_named
+from server_ext.trees.strategies import BUILT_IN, Entropy, IbScore, strategy_named
 from tests.server_ext.trees.process import CLOSE, Growth, Process, shape
 
 
@@ -92,6 +99,25 @@ async def test_entropy_forks_before_the_least_likely_tokens():
     assert len(seen) == 8 and all(fork <= rest + 1e-9 for fork, rest in seen)
     split = [n for n in range(1, len(tree)) if CLOSE not in tree.steps[n].token_ids]
     assert split, "no step was split at a token"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_fork_is_the_unused_token_of_lowest_probability(seed):
+    """Against a look at every token, through splits and branches."""
+    tree, strategy, rng = grown_at_random(seed), Entropy(), random.Random(seed)
+    for _ in range(12):
+        busy = set(rng.sample(range(len(tree)), rng.randrange(3)))
+        tokens = [
+            (logprob, tree.born[node], at, node)
+            for node in range(1, len(tree))
+            for at, logprob in enumerate(tree.steps[node].logprobs)
+            if at or not (tree.starts[tree.parents[node]] or tree.parents[node] in busy)
+        ]
+        expected = min(tokens)[:1:-1] if tokens else None
+        assert unlikeliest_token(tree, busy) == expected
+        [start] = strategy.branch(tree, 1, busy)
+        below = tree.steps[rng.choice(tree.children(start))]
+        tree.insert(start, [below], tree.reward(tree.end_nodes()[0]), Finish.STOP)
 
 
 @pytest.mark.parametrize("strategy", [name for name in BUILT_IN if name != "independent"])
