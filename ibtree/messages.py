@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ibtree.tree import Finish, Tree
@@ -20,9 +20,11 @@ class ChatMessage:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation as a prompt."""
+    """A conversation as a prompt. `template_args`: arguments of the model's chat template by name,
+    such as enable_thinking; at most 16."""
 
     messages: tuple[ChatMessage, ...]
+    template_args: Mapping[str, str | bool | int | float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

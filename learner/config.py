@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ibtpo_settings import Settings
+from ibtpo_settings.texts import Texts, added_up
 
 
 class LearnerConfig(Settings):
@@ -16,12 +17,16 @@ class LearnerConfig(Settings):
 
     model_config = SettingsConfigDict(env_prefix="IBTPO_LEARNER_")
 
+    @classmethod
+    def resolve(cls, prog: str, argv: list[str]) -> Self:
+        return super().resolve(prog, added_up(argv, ("--stop", "--separators")))
+
     server: str = "127.0.0.1:7300"
     """Address of the server's gRPC port."""
     model: Path
     """Hugging Face folder: the one the server was started from."""
     prompts: str
-    """JSONL, JSON or Parquet file, a folder or glob of them, or Hugging Face dataset
+    """JSONL, JSON (.gz too) or Parquet file, a folder or glob of them, or Hugging Face dataset
     hf:NAME[:CONFIG[:SPLIT]]; rows of {"prompt": text or messages, "answer": text or number}. An
     answer with a line "#### 18" (GSM8K) is 18."""
     prompt_field: str | None = None
@@ -31,6 +36,18 @@ class LearnerConfig(Settings):
     """Field of the answer. null: answer, or reward_model.ground_truth (verl's), if it is there."""
     prompt_template: str = "{prompt}"
     """What is sent: this text with the field's in the place of {prompt}."""
+    chat: bool = False
+    """Put prompts through the model's chat template, as messages of the user. Implied by
+    system_prompt and chat_template_args; prompts that are lists of messages always are."""
+    system_prompt: str | None = None
+    """System message of every prompt, in the place of the rows' own. null: none but those."""
+    chat_template_args: dict[str, str | bool | int | float] = Field(default={}, max_length=16)
+    """Arguments of the model's chat template, such as {"enable_thinking": false}: texts, numbers,
+    true or false."""
+    drop_repeats: bool = False
+    """Keep the first of equal prompts only."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read, and say how many, instead of ending."""
     out_dir: Path = Path("runs/learner")
     """Folder of checkpoints, metrics and the run's identity."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -93,12 +110,16 @@ class LearnerConfig(Settings):
     step_rule: Literal["text", "auto"] = "text"
     """text: steps end at `separators`; auto: at paragraphs, or at lines or sentences where the
     first rollouts of a tree have hardly any."""
-    separators: tuple[str, ...] = ("\n\n",)
-    """Texts that close a step under the rule text."""
+    separators: Texts = ("\n\n",)
+    """Texts that close a step under the rule text. May be given several times, or as a JSON list.
+    """
     max_step_tokens: int = Field(default=0, ge=0)
     """A step is closed after so many tokens in any case; 0: never."""
     max_new_tokens: int = Field(default=2048, ge=1)
     """Limit of one trajectory's generated tokens."""
+    stop: Texts = ()
+    """Texts that end a trajectory, besides the model's end of sequence. May be given several times,
+    or as a JSON list."""
     beta: float = Field(default=5.0, gt=0)
     """Beta of the information bottleneck."""
     value_estimator: Literal["mean", "backup"] = "mean"
@@ -176,5 +197,15 @@ class LearnerConfig(Settings):
     """Held-out prompts, read like prompts and evaluated through the server."""
     eval_every_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 evaluates before and after only."""
+    eval_samples: int = Field(default=1, ge=1, le=4096)
+    """Rollouts a held-out problem: its accuracy is their mean reward."""
+    eval_temperature: float | None = Field(default=None, gt=0)
+    """Sampling temperature of evaluations. null: temperature."""
+    eval_top_p: float | None = Field(default=None, gt=0, le=1)
+    """Nucleus mass of evaluations. null: top_p."""
+    eval_top_k: int | None = None
+    """Tokens kept in evaluations; -1 keeps all. null: top_k."""
+    eval_max_new_tokens: int | None = Field(default=None, ge=1)
+    """Limit of a held-out rollout's generated tokens. null: max_new_tokens."""
     log_prob_gap_alarm: float = Field(default=0.05, gt=0)
     """Mean gap between engine and trainer log-probabilities [nats] above which it warns."""

@@ -13,15 +13,14 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-from ibtree.evaluation.accuracy import evaluate
-from ibtree.messages import Prompt, TreeLease
-from ibtree.tree.options import options_from
+from ibtree.messages import TreeLease
 from ibtree.weights.manifest import Canary
 from learner.config import LearnerConfig
 from learner.dist.process_group import Ranks
 from learner.dist.state import read_shards, weights_of, write_shards
 from learner.errors import NotFiniteError
 from learner.io.canary import canary_of
+from learner.io.held_out import evaluate_held_out
 from learner.io.report import staleness, tree_figures
 from learner.run import Run, new_trainer, started
 from learner.train.trainer import StepFigures
@@ -147,9 +146,12 @@ def _evaluate(run: Run) -> None:
     if not run.held_out or not due or report.evaluated(state.step):
         return
     run.publisher.wait()
-    prompts = [Prompt(q.prompt, "", q.answer, config.grader) for q in run.held_out]
     with report.phase("evaluate"):
-        accuracy = evaluate(config.server, prompts, options_from(config))
+        accuracy = evaluate_held_out(
+            config, run.held_out, state.step, report.say, run.tree_leases.keep_alive, run.stop
+        )
+    if accuracy is None:  # told to stop: a resumed run goes on with it
+        return
     if accuracy.mean > report.best_accuracy():
         run.exports.write("best", state)
     report.accuracy(state.step, accuracy)

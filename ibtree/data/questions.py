@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
-from functools import partial
 from pathlib import Path
-from typing import Any
 
+from ibtree.data.answers import answer_text
+from ibtree.data.reading import PLACEHOLDER, Reading, encodable
 from ibtree.data.sources import rows
 from ibtree.errors import FieldError
-from ibtree.messages import Chat, ChatMessage
+from ibtree.messages import Chat
 
-PLACEHOLDER = "{prompt}"
-_ANSWER_MARK = "####"
-_ANSWERS = ("answer", "reward_model.ground_truth")
-_TURN = ("role", "content")
+__all__ = ["PLACEHOLDER", "Question", "Reading", "read_questions"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,97 +27,66 @@ class Question:
 
 def read_questions(
     source: str | Path,
-    prompt_field: str | None = None,
-    answer_field: str | None = None,
-    template: str = PLACEHOLDER,
+    reading: Reading | None = None,
+    tell: Callable[[str], None] = _log.warning,
 ) -> list[Question]:
-    """The questions of a JSONL or Parquet file, or of a Hugging Face dataset
-    `hf:NAME[:CONFIG[:SPLIT]]` (split train unless named).
+    """The questions of a JSONL, JSON or Parquet file, of a folder or glob of them, or of a Hugging
+    Face dataset `hf:NAME[:CONFIG[:SPLIT]]` (split train unless named).
 
-    A field that is None is found: `prompt` and, where it is there, `answer`, or
-    `reward_model.ground_truth` as in verl's files; else `question` and `answer`, as in GSM8K. A
-    prompt may be a list of messages. An answer with a line `#### 18`, GSM8K's way to end a worked
-    one, is 18. `template` is the prompt with {prompt} in place of the field's text, or of the last
-    message's. Raises FieldError with the line or row for anything but text, and numbers as answers.
+    All rows are read and checked. Raises FieldError that names the file and line, or the row, of
+    the first that is bad; with `skip_bad_rows` such rows are left out, and `tell` gets a line. It
+    also gets one where most rows repeat the prompt of an earlier one.
     """
-    if PLACEHOLDER not in template:
-        raise FieldError("prompt_template", f"got {template!r}", f"text that holds {PLACEHOLDER}")
-    pick = partial(_pick, prompt_field, answer_field)
-    questions = []
-    for where, prompt, answer in rows(str(source), pick):
-        asked = _asked(where, prompt, template)
-        questions.append(Question(asked, _encodable(where, _answer(where, answer))))
-    if not questions:
-        raise FieldError("prompts", f"{source} holds no prompts", "at least one")
-    return questions
+    tally = _Tally(reading or Reading())
+    for where, values in rows(str(source), tally.reading.names):
+        try:
+            if isinstance(values, FieldError):
+                raise values
+            tally.add(where, *values)
+        except FieldError as error:
+            if not tally.reading.skip_bad_rows:
+                raise
+            tally.skip(error)
+    if not tally.questions:
+        problem = "; ".join([f"{source} holds no prompts", *tally.remarks()])
+        raise FieldError("prompts", problem, "at least one")
+    for remark in tally.remarks():
+        tell(f"prompts {source}: {remark}")
+    return tally.questions
 
 
-def _asked(where: str, prompt: Any, template: str) -> str | Chat:
-    """Text in the template; of a conversation its last message is."""
-    if isinstance(prompt, str) and prompt:
-        return template.replace(PLACEHOLDER, _encodable(where, prompt))
-    if not isinstance(prompt, list) or not prompt:
-        allowed = "text, or a list of messages with role and content"
-        raise FieldError(where, "the prompt is empty or no text", allowed)
-    turns = []
-    for at, turn in enumerate(prompt):
-        role, content = (turn.get(k) if isinstance(turn, Mapping) else None for k in _TURN)
-        if not (isinstance(role, str) and role and isinstance(content, str)):
-            problem = f"message {at} of the prompt has no text in role and content"
-            allowed = 'text, or messages {"role": "user", "content": "..."}'
-            raise FieldError(where, problem, allowed)
-        turns.append(ChatMessage(_encodable(where, role), _encodable(where, content)))
-    last = turns[-1]
-    turns[-1] = ChatMessage(last.role, template.replace(PLACEHOLDER, last.content))
-    return Chat(tuple(turns))
+class _Tally:
+    """The questions so far, and what is to be said about them. Rows that repeat a question share
+    it: DAPO-Math-17k's 1.8 million rows are 17,000 questions."""
 
+    def __init__(self, reading: Reading) -> None:
+        self.reading, self.questions = reading, list[Question]()
+        self._first: dict[str | Chat, Question] = {}
+        self._rows, self._skipped = 0, 0
+        self._first_error: FieldError | None = None
 
-def _pick(
-    prompt: str | None, answer: str | None, where: str, names: Collection[str]
-) -> tuple[str, str | None]:
-    """Names of the two fields among those that are there."""
-    if prompt is None:
-        gsm8k = "prompt" not in names and {"question", "answer"} <= {*names}
-        prompt = "question" if gsm8k else "prompt"
-    if answer is None:
-        answer = next((name for name in _ANSWERS if name in names), None)
-    for name in (prompt, answer):
-        if name is not None and name not in names:
-            allowed = "text in prompt and answer, or in prompt_field and answer_field"
-            raise FieldError(where, f"no field {name!r} in {[*names]}", allowed)
-    return prompt, answer
-
-
-def _answer(where: str, answer: Any) -> str:
-    if answer is None:
-        return ""
-    if isinstance(answer, str):
-        return _final(where, answer)
-    if isinstance(answer, bool) or not isinstance(answer, int | float | Decimal):
-        raise FieldError(where, f"the answer is a {type(answer).__name__}", "text or a number")
-    if not math.isfinite(answer):
-        raise FieldError(where, f"the answer is {answer}", "text or a finite number")
-    whole = answer == int(answer)  # tables often hold 18 as 18.0
-    return str(int(answer)) if whole else str(answer)
-
-
-def _final(where: str, answer: str) -> str:
-    """What follows the mark in the last line that begins with it, if there is one."""
-    marked = [line for line in answer.splitlines() if line.startswith(_ANSWER_MARK)]
-    if not marked:
-        return answer
-    final = marked[-1].removeprefix(_ANSWER_MARK).strip()
-    if not final:
-        raise FieldError(
-            where, f"the answer has nothing after {_ANSWER_MARK}", f"{_ANSWER_MARK} 18"
+    def add(self, where: str, prompt: object, answer: object) -> None:
+        question = Question(
+            self.reading.prompt(where, prompt), encodable(where, answer_text(where, answer))
         )
-    return final
+        self._rows += 1
+        first = self._first.setdefault(question.prompt, question)
+        if first is question or not self.reading.drop_repeats:
+            self.questions.append(first if first.answer == question.answer else question)
 
+    def skip(self, error: FieldError) -> None:
+        self._rows += 1
+        self._skipped += 1
+        self._first_error = self._first_error or error
 
-def _encodable(where: str, text: str) -> str:
-    """The text, which the wire can carry: JSON can write half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise FieldError(where, str(error), "text in UTF-8") from error
-    return text
+    def remarks(self) -> list[str]:
+        lines, good = [], self._rows - self._skipped
+        repeats = good - len(self._first)
+        if self._skipped:
+            lines.append(f"{self._skipped} of {self._rows} rows skipped: {self._first_error}")
+        if self.reading.drop_repeats and repeats:
+            lines.append(f"{repeats} of {good} rows repeat a prompt and are dropped")
+        elif repeats > good / 2:
+            remedy = "--drop-repeats keeps the first of each"
+            lines.append(f"{repeats} of {good} rows repeat a prompt; {remedy}")
+        return lines

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import importlib
 import json
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from glob import glob
+from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,17 @@ from ibtree.errors import FieldError
 
 HUB = "hf:"
 ALLOWED = f"a JSONL, JSON or .parquet file, a folder or glob of them, or {HUB}NAME[:CONFIG[:SPLIT]]"
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
-Row = tuple[str, Any, Any]
-"""A row of prompts: where it stands, its prompt, and its answer or None."""
+Row = tuple[str, tuple[Any, Any] | FieldError]
+"""A row of prompts: where it stands; its prompt, and its answer or None; or what is bad in it."""
 Pick = Callable[[str, Collection[str]], tuple[str, str | None]]
 """The names of the prompt's and of the answer's field, from where a row stands and its fields."""
 
 
 def rows(source: str, pick: Pick) -> Iterator[Row]:
-    """The rows of a source, those of several files in order of their names. Raises FieldError that
-    says where something cannot be read."""
+    """The rows of a source, those of several files in order of their names. Raises FieldError for
+    a source or file that cannot be read; a bad row is one of the rows."""
     if source.startswith(HUB):
         return _hub_rows(source, pick)
     return chain.from_iterable(_file_rows(path, pick) for path in _files(source))
@@ -34,7 +37,7 @@ def rows(source: str, pick: Pick) -> Iterator[Row]:
 def _files(source: str) -> list[Path]:
     path = Path(source)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+        files = sorted(file for file in path.iterdir() if file.name.endswith(_SUFFIXES))
         if not files:
             raise FieldError("prompts", f"no file *{', *'.join(_SUFFIXES)} in {path}", ALLOWED)
         return files
@@ -50,7 +53,8 @@ def _files(source: str) -> list[Path]:
 def _file_rows(path: Path, pick: Pick) -> Iterator[Row]:
     if path.suffix == ".parquet":
         return _parquet_rows(path, pick)
-    return _array_rows(path, pick) if path.suffix == ".json" else _jsonl_rows(path, pick)
+    whole = path.name.endswith((".json", ".json.gz"))
+    return _array_rows(path, pick) if whole else _jsonl_rows(path, pick)
 
 
 def field_of(entry: Mapping[str, Any], name: str) -> Any:
@@ -71,31 +75,54 @@ def _names(entry: Mapping[str, Any]) -> list[str]:
 
 def _row(where: str, entry: Any, pick: Pick) -> Row:
     if not isinstance(entry, dict):
-        raise FieldError(where, "no JSON object", 'objects {"prompt": text, ...}')
-    prompt, answer = pick(where, _names(entry))
-    return where, field_of(entry, prompt), None if answer is None else field_of(entry, answer)
+        return where, FieldError(where, "no JSON object", 'objects {"prompt": text, ...}')
+    try:
+        prompt, answer = pick(where, _names(entry))
+    except FieldError as error:
+        return where, error
+    return where, (field_of(entry, prompt), None if answer is None else field_of(entry, answer))
 
 
 def _jsonl_rows(path: Path, pick: Pick) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                yield from _array_rows(path, pick)
-                return
-            if line.strip():
-                where = f"prompts {path}:{number}"
-                yield _row(where, _parsed(where, line), pick)
+    try:
+        with _opened(path) as file:
+            for number, line in enumerate(file, 1):
+                if number == 1 and _is_array(line):
+                    yield from _array_rows(path, pick)
+                    return
+                if line.strip():
+                    yield _line_row(f"prompts {path}:{number}", line, pick)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise FieldError(f"prompts {path}", _one_line(error), "a whole gzip file") from error
+
+
+def _line_row(where: str, line: bytes, pick: Pick) -> Row:
+    try:
+        return _row(where, _parsed(where, line), pick)
+    except FieldError as error:
+        return where, error
 
 
 def _array_rows(path: Path, pick: Pick) -> Iterator[Row]:
-    """A file that is one JSON array; one that is JSON lines all the same is read as such."""
-    data = path.read_bytes()
-    if not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    """A file that is a JSON array; one that is JSON lines all the same is read as such."""
+    try:
+        with _opened(path) as file:
+            data = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise FieldError(f"prompts {path}", _one_line(error), "a whole gzip file") from error
+    if not _is_array(data):
         yield from _jsonl_rows(path, pick)
         return
     for number, entry in enumerate(_parsed(f"prompts {path}:1", data), 1):
-        where = f"prompts {path} row {number}"
-        yield _row(where, entry, pick)
+        yield _row(f"prompts {path} row {number}", entry, pick)
+
+
+def _is_array(data: bytes) -> bool:
+    return data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _opened(path: Path) -> BufferedIOBase:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _parsed(where: str, data: bytes) -> Any:
@@ -112,17 +139,21 @@ def _parquet_rows(path: Path, pick: Pick) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             prompt, answer = pick(where, _dotted(file.schema_arrow, arrow))
-            columns = {name.partition(".")[0] for name in (prompt, answer) if name}
-            columns |= {name for name in (prompt, answer) if name}
-            wanted = [name for name in file.schema_arrow.names if name in columns]
+            wanted = _columns(file.schema_arrow.names, prompt, answer)
             for batch in file.iter_batches(columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     value = None if answer is None else field_of(row, answer)
-                    yield f"{where} row {number}", field_of(row, prompt), value
+                    yield f"{where} row {number}", (field_of(row, prompt), value)
     except arrow.ArrowException as error:
         problem = f"not readable after row {number}: {_one_line(error)}"
         raise FieldError(where, problem, "a Parquet file") from error
+
+
+def _columns(names: list[str], prompt: str, answer: str | None) -> list[str]:
+    """The columns that hold the two fields."""
+    wanted = [name for name in (prompt, answer) if name]
+    return sorted({name if name in names else name.partition(".")[0] for name in wanted})
 
 
 def _dotted(fields: Any, arrow: Any) -> list[str]:
@@ -148,10 +179,11 @@ def _hub_rows(source: str, pick: Pick) -> Iterator[Row]:
     except Exception as error:  # of many kinds: no such name, no network, broken files
         allowed = "a dataset that loads; the split is train unless it is named"
         raise FieldError(where, _one_line(error), allowed) from error
-    prompt, answer = pick(where, _names(table[0]) if len(table) else table.column_names)
-    for number, row in enumerate(table, 1):
+    prompt, answer = pick(where, _names(table.features))
+    wanted = _columns(table.column_names, prompt, answer)
+    for number, row in enumerate(table.select_columns(wanted), 1):
         value = None if answer is None else field_of(row, answer)
-        yield f"{where} row {number}", field_of(row, prompt), value
+        yield f"{where} row {number}", (field_of(row, prompt), value)
 
 
 def _module(name: str, what: str) -> Any:

@@ -1,28 +1,91 @@
-"""Held-out accuracy through a server: independent rollouts, graded, with an interval."""
+"""What an evaluation finds: mean reward with an interval, pass@n, what was cut off or failed."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ibtree.client import AsyncClient
-from ibtree.messages import Prompt
-from ibtree.tree.options import TreeOptions, changed
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one problem: the rewards of its samples, how many of these were cut off at the
+    limit of tokens, what they were sampled with, and the oldest and newest weight version."""
+
+    rewards: tuple[float, ...]
+    truncated: int
+    temperature: float
+    max_new_tokens: int
+    versions: tuple[int, int]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.rewards) / len(self.rewards)
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean reward over problems, with its 95 % Wilson interval (for rewards of 0 and 1)."""
+    """Mean reward over problems with its 95 % interval (`interval`).
+
+    `problems` were graded, each with `samples` rollouts; `pass_at_n` is the mean of each problem's
+    best reward; `truncated` counts rollouts cut off at `max_new_tokens`. Problems that `failed` are
+    in none of these figures; `first_failure` says why the first of them did.
+    """
 
     mean: float
     low: float
     high: float
     problems: int
+    samples: int = 1
+    pass_at_n: float = math.nan
+    truncated: int = 0
+    failed: int = 0
+    first_failure: str = ""
+    temperature: float = math.nan
+    max_new_tokens: int = 0
+    seconds: float = math.nan
 
 
-def wilson(mean: float, count: int) -> tuple[float, float]:
+def accuracy_of(
+    outcomes: Sequence[Outcome], samples: int, failures: Sequence[str], seconds: float
+) -> Accuracy:
+    """The figures of at least one outcome."""
+    means = [outcome.mean for outcome in outcomes]
+    return Accuracy(
+        sum(means) / len(means),
+        *interval(means, samples),
+        problems=len(outcomes),
+        samples=samples,
+        pass_at_n=sum(max(outcome.rewards) for outcome in outcomes) / len(outcomes),
+        truncated=sum(outcome.truncated for outcome in outcomes),
+        failed=len(failures),
+        first_failure=failures[0] if failures else "",
+        temperature=outcomes[0].temperature,
+        max_new_tokens=outcomes[0].max_new_tokens,
+        seconds=seconds,
+    )
+
+
+def interval(means: Sequence[float], samples: int) -> tuple[float, float]:
+    """95 % interval of the mean over problems, whose `means` are those of `samples` rewards each.
+
+    Wilson's, of as many observations as the problems' means are worth by their spread (Kish's
+    effective size: mean (1 - mean) / variance of the mean): one a problem where the samples of a
+    problem agree, one a sample where they differ as much as those of other problems. Near the
+    middle it is the normal interval over problems' means, which near 0 and 1 is too short. Of one
+    sample a problem with rewards 0 and 1 it is Wilson's itself.
+    """
+    count = len(means)
+    if not count:
+        return 0.0, 1.0
+    mean = sum(means) / count
+    spread = sum((value - mean) ** 2 for value in means) / count
+    most = mean * (1 - mean)
+    worth = samples if spread * samples < most else most / spread if spread else 1.0
+    return wilson(mean, count * max(worth, 1.0))
+
+
+def wilson(mean: float, count: float) -> tuple[float, float]:
     """95 % score interval of a proportion (Wilson 1927); (0, 1) without observations."""
     if not count:
         return 0.0, 1.0
@@ -30,39 +93,3 @@ def wilson(mean: float, count: int) -> tuple[float, float]:
     centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count**2))
     return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-async def evaluate_async(
-    target: str,
-    prompts: Sequence[Prompt],
-    options: TreeOptions,
-    *,
-    in_flight: int = 64,
-    timeout_s: float = 600.0,
-) -> Accuracy:
-    """One independent rollout a prompt, sampled as `options` say (their shape is not used)."""
-    single = changed(
-        options,
-        strategy="independent",
-        init_rollouts=1,
-        rounds=1,
-        branch_nodes=1,
-        branch_rollouts=1,
-    )
-    permits = asyncio.Semaphore(in_flight)
-
-    async def evaluate_prompt(client: AsyncClient, prompt: Prompt) -> float:
-        async with permits:
-            asked = Prompt(prompt.content, "", prompt.answer, prompt.grader, single)
-            tree = await client.sample_tree(asked, timeout_s=timeout_s)
-            return float(tree.rewards()[0])
-
-    async with AsyncClient(target) as client:
-        rewards = await asyncio.gather(*(evaluate_prompt(client, prompt) for prompt in prompts))
-    mean = sum(rewards) / max(len(rewards), 1)
-    return Accuracy(mean, *wilson(mean, len(rewards)), len(rewards))
-
-
-def evaluate(target: str, prompts: Sequence[Prompt], options: TreeOptions) -> Accuracy:
-    """The accuracy as `evaluate_async` finds it, for a caller without an event loop."""
-    return asyncio.run(evaluate_async(target, prompts, options))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from ibtree.errors import FieldError
 from ibtree.messages import (
@@ -31,6 +34,8 @@ from ibtree.wire.trees import options_from_proto, options_to_proto, tree_from_pr
 from ibtree.wire.v1 import cache_pb2, queue_pb2, reward_pb2, sampling_pb2, tree_pb2, weights_pb2
 
 _STATE = "WEIGHT_STATE_"
+_TEMPLATE_ARGS = "prompt.chat.template_args"
+_MAX_TEMPLATE_ARGS, _MAX_ARG_CHARACTERS = 16, 4096
 
 
 def prompt_to_proto(prompt: Prompt) -> sampling_pb2.Prompt:
@@ -39,7 +44,8 @@ def prompt_to_proto(prompt: Prompt) -> sampling_pb2.Prompt:
         message.text = prompt.content
     elif isinstance(prompt.content, Chat):
         turns = [sampling_pb2.ChatMessage(**asdict(turn)) for turn in prompt.content.messages]
-        message.chat.CopyFrom(sampling_pb2.Chat(messages=turns))
+        arguments = _arguments_to_json(prompt.content.template_args)
+        message.chat.CopyFrom(sampling_pb2.Chat(messages=turns, template_args=arguments))
     else:
         message.token_ids.ids.extend(prompt.content)
     if prompt.options is not None:
@@ -68,8 +74,39 @@ def _content(message: sampling_pb2.Prompt) -> str | tuple[int, ...] | Chat:
     if kind == "text":
         return message.text
     if kind == "chat":
-        return Chat(tuple(ChatMessage(turn.role, turn.content) for turn in message.chat.messages))
+        turns = tuple(ChatMessage(turn.role, turn.content) for turn in message.chat.messages)
+        return Chat(turns, _arguments_from_json(message.chat.template_args))
     return tuple(message.token_ids.ids)
+
+
+def _arguments_to_json(arguments: Mapping[str, Any]) -> dict[str, str]:
+    return {name: json.dumps(_scalar(name, value)) for name, value in arguments.items()}
+
+
+def _arguments_from_json(encoded: Mapping[str, str]) -> dict[str, Any]:
+    """Raises FieldError for too many arguments, and for one that is no JSON scalar."""
+    if len(encoded) > _MAX_TEMPLATE_ARGS:
+        raise FieldError(_TEMPLATE_ARGS, f"got {len(encoded)}", f"at most {_MAX_TEMPLATE_ARGS}")
+    return {name: _scalar(name, _decoded(name, text)) for name, text in sorted(encoded.items())}
+
+
+def _decoded(name: str, text: str) -> Any:
+    if len(text) > _MAX_ARG_CHARACTERS:
+        problem = f"{name!r} has {len(text)} characters"
+        raise FieldError(_TEMPLATE_ARGS, problem, f"at most {_MAX_ARG_CHARACTERS}")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = f"{name!r} is not JSON: {error}"
+        raise FieldError(_TEMPLATE_ARGS, problem, 'JSON values such as true, 3 or "x"') from error
+
+
+def _scalar(name: str, value: Any) -> Any:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not name or not finite or not isinstance(value, str | bool | int | float):
+        problem = f"{name!r} is {value!r}"[:200]
+        raise FieldError(_TEMPLATE_ARGS, problem, "a text, a finite number, true or false, by name")
+    return value
 
 
 def expansion_to_proto(event: Expansion) -> sampling_pb2.Expansion:

@@ -36,6 +36,7 @@ def asked_options(config: LearnerConfig) -> dict[str, Any]:
     options = flat(options_from(config))
     if "max_new_tokens" not in config.model_fields_set:
         del options["max_new_tokens"]
+    del options["seed"]  # the learner's is of its prompts' order; one for every tree is none
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 
 from ibtree.data.questions import Question, read_questions
+from ibtree.data.reading import reading_from
 from learner.config import LearnerConfig
 
 
 def questions_of(source: str, config: LearnerConfig) -> list[Question]:
-    """Questions read by the run's fields and template. Raises FieldError with the line or row."""
-    return read_questions(source, config.prompt_field, config.answer_field, config.prompt_template)
+    """Questions read as the run's settings say. Raises FieldError with the line or row."""
+    return read_questions(source, reading_from(config))
 
 
 class PromptStream:

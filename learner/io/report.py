@@ -129,12 +129,27 @@ class Reporter:
             "accuracy_low": accuracy.low,
             "accuracy_high": accuracy.high,
             "problems": float(accuracy.problems),
+            "samples": float(accuracy.samples),
+            "pass_at_n": accuracy.pass_at_n,
+            "truncated": float(accuracy.truncated),
+            "failed": float(accuracy.failed),
+            "temperature": accuracy.temperature,
+            "max_new_tokens": float(accuracy.max_new_tokens),
+            "seconds": accuracy.seconds,
         }
         self._write("eval", step, figures)
-        self.say(
+        line = (
             f"step {step}  held-out accuracy {accuracy.mean:.3f} "
             f"[{accuracy.low:.3f}, {accuracy.high:.3f}] on {accuracy.problems}"
         )
+        if accuracy.truncated:
+            line += f", {accuracy.truncated} rollouts cut off at {accuracy.max_new_tokens} tokens"
+        self.say(line)
+        if accuracy.failed:
+            self.say(
+                f"warning: step {step}: {accuracy.failed} held-out problems failed; the first: "
+                f"{accuracy.first_failure}"
+            )
 
     def evaluated(self, step: int) -> bool:
         """True if `accuracy` was told of this step."""

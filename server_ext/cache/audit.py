@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,17 +48,14 @@ class OpenPrefix:
 class Auditor:
     """Audits a few prefixes at a time, so that rollouts hardly notice."""
 
-    def __init__(self, engine: Scorer, open_prefixes: Callable[[], list[OpenPrefix]]) -> None:
+    def __init__(self, engine: Scorer, open_prefixes: Callable[[int], list[OpenPrefix]]) -> None:
         """`open_prefixes`: gives those of the trees that grow now."""
         self._engine, self._open_prefixes = engine, open_prefixes
-        self._random = random.Random()
 
     async def audit(self, samples: int) -> CacheAudit:
         """Audits up to `samples` prefixes. Raises EngineError or NoReplyError."""
-        prefixes = self._open_prefixes()
-        chosen = self._random.sample(prefixes, min(samples, len(prefixes)))
         total = CacheAudit()
-        for prefix in chosen:
+        for prefix in self._open_prefixes(samples):
             if comparison := await self._compare(prefix):
                 total = _sum(total, comparison)
         return total

@@ -240,14 +240,18 @@ class Forest:
         tree.ledger.protected_tokens = account.protected
         return tree
 
-    def open_prefixes(self) -> list[OpenPrefix]:
-        """Prefixes of every tree that grows now: the prompt, and each node that has a child."""
-        return [
-            OpenPrefix(name, (*tree.prompt, *tree.prefix(node)), tree.steps[child].token_ids[0])
-            for name, tree in self._open.items()
-            for node in range(len(tree))
-            for child in tree.children(node)[:1]
-        ]
+    def open_prefixes(self, most: int | None = None) -> list[OpenPrefix]:
+        """Prefixes of the trees that grow now: of a prompt, or of a node that has a child. At most
+        so many, drawn at random: only those are put together."""
+        nodes = [(name, node) for name, tree in self._open.items() for node in tree.inner_nodes()]
+        if most is not None:
+            nodes = random.sample(nodes, min(most, len(nodes)))
+        return [self._open_prefix(name, node) for name, node in nodes]
+
+    def _open_prefix(self, name: str, node: int) -> OpenPrefix:
+        tree = self._open[name]
+        next_token = tree.steps[tree.children(node)[0]].token_ids[0]
+        return OpenPrefix(name, (*tree.prompt, *tree.prefix(node)), next_token)
 
 
 def _check_chat(chat: Chat) -> None:

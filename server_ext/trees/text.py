@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache, cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,13 @@ class Tokenizer:
             problem = "the model has no chat template"
             raise FieldError("prompt.chat", problem, "prompt.text or prompt.token_ids")
         turns = [asdict(turn) for turn in chat.messages]
+        own = signature(self._tokenizer.apply_chat_template).parameters
+        if taken := [name for name in chat.template_args if name in own]:
+            problem = f"{taken[0]!r} is no argument of the model's template"
+            raise FieldError("prompt.chat.template_args", problem, "names that the template reads")
         try:
             text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                turns, tokenize=False, add_generation_prompt=True, **chat.template_args
             )
         except Exception as error:  # templates are programs: they raise what they like
             raise FieldError(

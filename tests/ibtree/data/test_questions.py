@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
 from decimal import Decimal
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -16,31 +14,10 @@ from pyarrow import parquet
 
 from ibtree.data.questions import Question, read_questions
 from ibtree.errors import FieldError
-from ibtree.messages import Chat, ChatMessage
-from tests import ROOT
+from tests.data import data
+from tests.ibtree.data.reading import jsonl, read, refused, table
 
-GSM8K = Path(os.environ.get("IBTPO_TEST_DATA", ROOT / "../shared/data")) / "gsm8k/test.jsonl"
 WORKED = {"question": "How many?", "answer": "He has 6 * 3 = <<6*3=18>>18.\n#### 18"}
-
-
-def jsonl(folder: Path, *rows: dict) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def table(folder: Path, row_group_size: int = 2, **columns: list) -> Path:
-    path = folder / "rows.parquet"
-    parquet.write_table(pa.table(columns), path, row_group_size=row_group_size)
-    return path
-
-
-def refused(source: str | Path, *options: str) -> str:
-    with pytest.raises(FieldError) as caught:
-        read_questions(source, *options)
-    message = str(caught.value)
-    assert "\n" not in message and "; allowed: " in message
-    return message
 
 
 # --- fields and template ------------------------------------------------------------------------
@@ -48,8 +25,8 @@ def refused(source: str | Path, *options: str) -> str:
 
 def test_fields_are_taken_by_name(tmp_path):
     path = jsonl(tmp_path, {"problem": "1 + 1", "solution": "2", "prompt": "no", "answer": "no"})
-    assert read_questions(path, "problem", "solution") == [Question("1 + 1", "2")]
-    assert read_questions(path, "problem") == [Question("1 + 1", "no")]
+    assert read(path, "problem", "solution") == [Question("1 + 1", "2")]
+    assert read(path, "problem") == [Question("1 + 1", "no")]
     assert read_questions(path) == [Question("no", "no")]
 
 
@@ -64,10 +41,10 @@ def test_a_named_field_must_be_there(tmp_path):
 def test_the_template_holds_the_prompt(tmp_path):
     path = jsonl(tmp_path, {"prompt": r"\frac{1}{2} {prompt} {0}", "answer": "1"})
     template = "Q: {prompt}\nPut it in \\boxed{}.\n"
-    (question,) = read_questions(path, template=template)
+    (question,) = read(path, prompt_template=template)
     assert question.prompt == "Q: \\frac{1}{2} {prompt} {0}\nPut it in \\boxed{}.\n"
     with pytest.raises(FieldError, match=re.escape("prompt_template: got 'Q: {}'; allowed: ")):
-        read_questions(path, template="Q: {}")
+        read(path, prompt_template="Q: {}")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +79,7 @@ def test_json_that_nests_too_deep_is_named(tmp_path):
 def test_gsm8ks_own_format(tmp_path):
     want = [Question("How many?", "18")]
     assert read_questions(jsonl(tmp_path, WORKED)) == want
-    assert read_questions(jsonl(tmp_path, WORKED), "question", "answer") == want
+    assert read(jsonl(tmp_path, WORKED), "question", "answer") == want
 
 
 def test_only_a_last_line_is_a_final_answer(tmp_path):
@@ -112,14 +89,14 @@ def test_only_a_last_line_is_a_final_answer(tmp_path):
     assert answers == ["1", "see #### 3", "1,600", "4"]
 
 
-@pytest.mark.skipif(not GSM8K.is_file(), reason=f"{GSM8K} is absent: IBTPO_TEST_DATA")
 def test_gsm8k_itself(tmp_path):
-    questions = read_questions(GSM8K)
+    path = data("gsm8k/test.jsonl")
+    questions = read_questions(path)
     assert len(questions) == 1319
     assert questions[0].prompt.startswith("Janet’s ducks lay 16 eggs per day.")
     assert questions[0].answer == "18"
     assert all(re.fullmatch(r"-?[\d,]+(\.\d+)?", q.answer) for q in questions)
-    rows = [json.loads(line) for line in GSM8K.open(encoding="utf-8")]
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     assert read_questions(table(tmp_path, 100, **pa.Table.from_pylist(rows).to_pydict())) == (
         questions
     )
@@ -132,12 +109,12 @@ def test_parquet_in_several_row_groups(tmp_path):
     path = table(tmp_path, prompt=list("abcde"), answer=[1, 2, None, 4, 5], other=[[0]] * 5)
     want = [Question(p, a) for p, a in zip("abcde", ["1", "2", "", "4", "5"], strict=True)]
     assert read_questions(path) == want
-    assert [q.answer for q in read_questions(str(path), "prompt", "prompt")] == list("abcde")
+    assert [q.answer for q in read(str(path), "prompt", "prompt")] == list("abcde")
 
 
 def test_parquet_decimals_and_worked_answers(tmp_path):
     path = table(tmp_path, task=["a"], gold=[Decimal("1.50")])
-    assert read_questions(path, "task", "gold") == [Question("a", "1.50")]
+    assert read(path, "task", "gold") == [Question("a", "1.50")]
     path = table(tmp_path, question=["How many?"], answer=[WORKED["answer"]])
     assert read_questions(path) == [Question("How many?", "18")]
 
@@ -210,64 +187,3 @@ def test_what_is_wrong_with_a_dataset_is_one_line(hub, monkeypatch):
         assert f"prompts: got {spec}; allowed: " in refused(spec)
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "the package datasets" in refused(hub)
-
-
-# --- the field's own files ----------------------------------------------------------------------
-
-VERL = {
-    "data_source": "math_dapo",
-    "prompt": [{"role": "user", "content": "What is 1 + 1?"}],
-    "reward_model": {"ground_truth": "2", "style": "rule"},
-}
-ASKED = Question(Chat((ChatMessage("user", "What is 1 + 1?"),)), "2")
-
-
-def test_verls_rows_are_read_as_they_are(tmp_path):
-    """DAPO-Math-17k and others: chat lists, and the answer in a field of a field."""
-    assert read_questions(jsonl(tmp_path, VERL)) == [ASKED]
-    parquet.write_table(pa.Table.from_pylist([VERL] * 3), tmp_path / "rows.parquet")
-    assert read_questions(tmp_path / "rows.parquet") == [ASKED] * 3
-    path = tmp_path / "rows.parquet"
-    assert read_questions(path, "prompt", "reward_model.style")[0].answer == "rule"
-    assert "no field 'reward_model.gold'" in refused(path, None, "reward_model.gold")
-
-
-def test_a_template_is_put_around_the_last_message(tmp_path):
-    (asked,) = read_questions(jsonl(tmp_path, VERL), template="{prompt} Think.")
-    assert asked.prompt.messages[-1].content == "What is 1 + 1? Think."
-
-
-@pytest.mark.parametrize("prompt", [[], ["text"], [{"role": "user"}], [{"content": "x"}], 3])
-def test_messages_without_role_and_content_are_refused(tmp_path, prompt):
-    assert "rows.jsonl:1" in refused(jsonl(tmp_path, {"prompt": prompt}))
-
-
-def test_a_byte_order_mark_and_an_array(tmp_path):
-    rows = [{"prompt": "a", "answer": 2.0}, {"prompt": "b", "answer": 1e20}]
-    lines = "\n".join(map(json.dumps, rows))
-    array = json.dumps(rows, indent=1)
-    expected = [Question("a", "2"), Question("b", "100000000000000000000")]
-    for name, text in [
-        ("a.jsonl", lines),
-        ("b.json", array),
-        ("c.json", lines),
-        ("d.jsonl", array),
-    ]:
-        for mark in ("", "\ufeff"):
-            path = tmp_path / name
-            path.write_text(mark + text, encoding="utf-8")
-            assert read_questions(path) == expected, (name, mark)
-    (tmp_path / "b.json").write_text(json.dumps([{"prompt": "a"}, 3]))
-    assert "b.json row 2: no JSON object" in refused(tmp_path / "b.json")
-
-
-def test_a_folder_or_a_glob_of_files(tmp_path):
-    for name in ("b", "a"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": name}))
-    (tmp_path / "README.md").write_text("not a row")
-    both = [Question("a", ""), Question("b", "")]
-    assert read_questions(tmp_path) == both
-    assert read_questions(tmp_path / "*.jsonl") == both
-    assert "no file" in refused(tmp_path / "*.csv")
-    (tmp_path / "empty").mkdir()
-    assert "no file *.jsonl, *.json, *.parquet in" in refused(tmp_path / "empty")

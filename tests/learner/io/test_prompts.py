@@ -8,6 +8,7 @@ import pytest
 
 from ibtree.data.questions import Question, read_questions
 from ibtree.errors import FieldError
+from ibtree.messages import Chat, ChatMessage
 from learner.io.prompts import PromptStream, questions_of
 from tests.learner.tiny import config
 
@@ -97,6 +98,21 @@ def test_a_run_reads_both_of_its_files_by_its_fields(tmp_path):
     named = {"prompt_field": "task", "answer_field": "gold", "prompt_template": "{prompt} ="}
     assert questions_of(str(path), config(**named)) == [Question("1 + 1 =", "2")]
     assert questions_of(str(path), config()) == [Question("no", "")]
+
+
+def test_a_run_makes_conversations_and_drops_repeats(tmp_path):
+    path = write(tmp_path, GOOD, GOOD, "{", '{"prompt": [{"role": "user", "content": "a"}]}')
+    choices = {"system_prompt": "Sum.", "chat_template_args": {"enable_thinking": False}}
+    first, second = questions_of(
+        str(path), config(drop_repeats=True, skip_bad_rows=True, **choices)
+    )
+    rules = ChatMessage("system", "Sum.")
+    expected = Chat((rules, ChatMessage("user", "1 + 1 =")), {"enable_thinking": False})
+    assert (first.prompt, first.answer) == (expected, "2")
+    assert second.prompt.messages == (rules, ChatMessage("user", "a"))
+    assert questions_of(str(write(tmp_path, GOOD)), config(chat=True))[0].prompt == Chat(
+        (ChatMessage("user", "1 + 1 ="),)
+    )
 
 
 QUESTIONS = [Question(f"q{i}", json.dumps(i)) for i in range(11)]

@@ -142,21 +142,21 @@ class Broken:
 )
 async def test_an_audit_sees_a_difference(warm, difference):
     prefix = SimpleNamespace(tree="t", token_ids=(1, 2), next_token=3)
-    forest = SimpleNamespace(open_prefixes=lambda: [prefix])
+    forest = SimpleNamespace(open_prefixes=lambda most: [prefix])
     auditor = Auditor(Broken(Score(warm, 1, 5), Score(-0.25, 0, 5)), forest.open_prefixes)
     assert (await auditor.audit(4)).max_difference == difference
 
 
 async def test_an_update_in_between_is_no_difference():
     prefix = SimpleNamespace(tree="t", token_ids=(1, 2), next_token=3)
-    forest = SimpleNamespace(open_prefixes=lambda: [prefix])
+    forest = SimpleNamespace(open_prefixes=lambda most: [prefix])
     auditor = Auditor(Broken(Score(-9.0, 1, 5), Score(-0.25, 0, 6)), forest.open_prefixes)
     assert await auditor.audit(4) == CacheAudit()
 
 
 async def test_audits_at_a_low_rate_are_reported():
     prefix = SimpleNamespace(tree="t", token_ids=(1, 2), next_token=3)
-    forest = SimpleNamespace(open_prefixes=lambda: [prefix])
+    forest = SimpleNamespace(open_prefixes=lambda most: [prefix])
     auditor = Auditor(Broken(Score(-0.5, 1, 5), Score(-0.25, 0, 5)), forest.open_prefixes)
     metrics = Metrics()
     running = asyncio.create_task(auditor.run(0.005, metrics.audit))

@@ -47,7 +47,9 @@ def messages(draw, kind):
     for field in kind.DESCRIPTOR.fields:
         if not draw(st.booleans()):
             continue
-        if field.is_repeated:
+        if field.message_type and field.message_type.GetOptions().map_entry:
+            getattr(message, field.name).update(draw(st.dictionaries(TEXTS, TEXTS, max_size=4)))
+        elif field.is_repeated:
             for value in draw(st.lists(values(field), max_size=4)):
                 getattr(message, field.name).append(value)
         elif field.message_type:
