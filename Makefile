@@ -1,10 +1,13 @@
-# Every target does its own set-up. Python 3.11 is all that a machine needs.
-PYTHON ?= python3.11
+# Every target does its own set-up. Python 3.11, 3.12 or 3.13 is all that a machine needs: `python3`
+# if it is one of them, else the newest.
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  $$python -c '$(FITS)' 2>/dev/null && echo $$python && break; done)
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 
-.PHONY: setup demo test lint protos bench soak soak-weights clean
+.PHONY: setup demo test lint protos bench resolve soak soak-weights clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -12,10 +15,12 @@ setup: $(STAMP)
 # Plain pip with pinned versions. torch first: nothing after it may pull another build. sglang and
 # torchvision go in without their dependencies, which ask for gigabytes of CUDA packages.
 $(STAMP): pyproject.toml constraints.txt
+	@$(if $(PYTHON),,$(error needed: Python 3.11, 3.12 or 3.13 with venv; or make PYTHON=PATH))
 	$(PYTHON) -m venv --clear .venv
 	$(PIP) install -q -c constraints.txt torch==2.13.0
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) install -q --no-deps sglang==0.5.21 torchvision==0.26.0
+	$(PY) -m ibtpo_torchvision
 	touch $@
 
 # COMPARE=1 also trains GRPO at the same token budget.
@@ -40,6 +45,10 @@ bench: $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py
 
 bench-%: setup
 	$(PY) benchmarks/bench_$*.py
+
+# Whether pip can resolve what a machine with a GPU installs; downloads, and installs nothing.
+resolve: setup
+	IBTPO_RESOLVE=1 $(PY) -m pytest tests/contract/test_install.py
 
 # The tests' kill loops at full length.
 soak: setup

@@ -10,13 +10,28 @@ import logging
 import sys
 
 import server_ext.engine.cpu
+from ibtree.extras import installed, required
+
+NEEDED = (
+    "pydantic_settings", "yaml", "transformers", "grpc_health", "safetensors", "math_verify",
+    "pebble", "prometheus_client", "zstandard",
+)  # fmt: skip
+"""What the server imports, sooner or later, beyond what a client needs."""
+
+ENGINE = ("sglang", "torch")
+"""The engine: in the extra `gpu`; on a CPU SGLang goes in by itself."""
 
 
 def main() -> None:
-    """Exits 0 after a signal, 2 with one line that names the field for bad settings."""
+    """Exits 0 after a signal, 1 or 2 with one line that says what is wrong."""
+    extra = "server" if all(map(installed, ENGINE)) else "gpu"
+    with required("ibtpo-server", extra, (*NEEDED, *ENGINE)):
+        _serve(sys.argv[1:])
+
+
+def _serve(argv: list[str]) -> None:
     from server_ext.config import ServerConfig
 
-    argv = sys.argv[1:]
     at = argv.index("--") if "--" in argv else len(argv)
     config = ServerConfig.load("ibtpo-server", argv[:at])
 
@@ -38,7 +53,8 @@ def main() -> None:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     try:
-        asyncio.run(serve(config, argv[at + 1 :]))
+        with required("ibtpo-server", "cpu" if device == "cpu" else "gpu"):  # SGLang's own imports
+            asyncio.run(serve(config, argv[at + 1 :]))
     except FieldError as error:
         sys.exit(f"ibtpo-server: {error.as_option()}")
 

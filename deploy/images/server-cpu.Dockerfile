@@ -12,6 +12,7 @@ RUN python -m pip install --no-cache-dir --index-url "${TORCH_INDEX_URL}" torch=
 
 WORKDIR /opt/ibtpo/src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY ibtpo_torchvision.py ./
 COPY ibtpo_settings ibtpo_settings
 COPY ibtree ibtree
 COPY server_ext server_ext

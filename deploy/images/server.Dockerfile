@@ -6,6 +6,7 @@ FROM ${SGLANG_IMAGE}
 
 WORKDIR /opt/ibtpo/src
 COPY pyproject.toml README.md LICENSE ./
+COPY ibtpo_torchvision.py ./
 COPY ibtpo_settings ibtpo_settings
 COPY ibtree ibtree
 COPY server_ext server_ext

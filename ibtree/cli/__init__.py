@@ -11,6 +11,7 @@ from ibtree.cli import evaluation, sample, state, weights
 from ibtree.cli.output import printable
 from ibtree.client import DEFAULT_TARGET, RpcFailed
 from ibtree.errors import FieldError
+from ibtree.extras import required
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,8 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         add_options(command)
         command.set_defaults(run=run)
     arguments = parser.parse_args(argv)
+    shows = () if arguments.json else ("rich",)  # told before anything is asked of the server
     try:
-        arguments.run(arguments)
+        with required("ibtpo", "cli", shows):
+            arguments.run(arguments)
     except KeyboardInterrupt:
         print("ibtpo: interrupted", file=sys.stderr)
         sys.exit(130)

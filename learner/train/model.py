@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ibtpo_torchvision
 from ibtree.errors import FieldError
 from learner.algo.logprobs import chunked_logprobs
 from learner.tree.attention import TreeAttention, hidden_states
@@ -15,11 +16,8 @@ from learner.tree.pack import Pack
 
 
 def mend_torchvision() -> None:
-    """A CUDA torchvision beside a CPU torch lacks this operator, and transformers imports it."""
-    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
-        torch.library.define(
-            "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
+    """Lets transformers be imported beside a torchvision that is built for another torch."""
+    ibtpo_torchvision.install()
 
 
 def load_policy(folder: Path, device: torch.device, dtype: str) -> Any:

@@ -1,7 +1,7 @@
 """What SGLang 0.5.21 needs on a CPU without its own kernels.
 
 Imported at the top of the server's main module: SGLang's child processes are spawned, re-import
-that module and so get the same two stand-ins before they import sglang.
+that module and so get the same stand-ins before they import sglang.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import types
 from typing import Any, NoReturn
 
+import ibtpo_torchvision
 from ibtree.errors import FieldError
 
 ENGINE_VARIABLE = "SGLANG_USE_CPU_ENGINE"
@@ -59,26 +60,13 @@ class _KernelFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-class _TorchvisionFinder(importlib.abc.MetaPathFinder):
-    """Declares the operator that a CUDA torchvision misses beside a CPU torch, just in time."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "torchvision":
-            sys.meta_path.remove(self)
-            import torch
-
-            if not hasattr(torch.ops.torchvision, "nms"):
-                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                torch.library.define("torchvision::nms", schema)
-
-
 def install() -> None:
     """Installs the stand-ins if this process or an ancestor asked for the CPU engine."""
     if os.environ.get(ENGINE_VARIABLE) != "1":
         return
     if not any(isinstance(finder, _KernelFinder) for finder in sys.meta_path):
         sys.meta_path.append(_KernelFinder())  # last: a real sgl_kernel wins
-        sys.meta_path.insert(0, _TorchvisionFinder())
+    ibtpo_torchvision.install()
 
 
 def select() -> None:

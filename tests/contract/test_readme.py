@@ -55,7 +55,7 @@ def test_commands_parse(line: str) -> None:
         line_ = [str(Path(sys.executable).with_name("ibtpo")), *words[1:], "--help"]
         subprocess.run(line_, check=True, capture_output=True)
     else:
-        assert words[0] in ("git", "cd", "pip", "python3.11")
+        assert words[0] in ("git", "cd", "pip", "python", "python3", "echo")
         if words[0] == "pip" and "[" in words[-1]:
             extras = re.findall(r"\[(.*)\]", words[-1])[0].split(",")
             assert all(
@@ -84,7 +84,7 @@ def test_options_of_the_table_exist_with_their_defaults() -> None:
 
 def test_ci_runs_the_readmes_test_command() -> None:
     assert "make test" in commands("bash")
-    assert "exec make test\n" in (ROOT / ".ci/run").read_text()
+    assert (ROOT / ".ci/run").read_text().endswith("\nexec make test\n")
 
 
 def test_the_readmes_python_compiles_and_names_what_exists() -> None:
