@@ -27,12 +27,9 @@ from learner.io.prompts import PromptStream, questions_of
 from learner.io.publish import Publisher
 from learner.io.report import Reporter
 from learner.io.validate import tree_problem
-from learner.train.model import load_policy
+from learner.train.model import compute_dtype_of, load_policy, vocabulary_of
+from learner.train.names import check_architecture, check_names
 from learner.train.trainer import Trainer
-
-_LEAST_BFLOAT16_LR = 1e-3
-"""AdamW moves a weight by about the learning rate, and bfloat16 resolves 2^-8 of it: a weight of
-0.1 stands still below 2e-4. At 1e-6, 98 % of a model's weights did not move in 200 steps."""
 
 
 @dataclass
@@ -72,7 +69,7 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
         checkpoints = Checkpoints(config.out_dir / "checkpoints", config.keep_checkpoints, ranks)
         state = resume(checkpoints, trainer, config)
         stream = PromptStream(questions, config.seed, _run_id(config))
-        vocab_size = policy.config.vocab_size
+        vocab_size = vocabulary_of(policy)
         problem_of = partial(tree_problem, model_id=publisher.model_id, vocab_size=vocab_size)
         tree_leases = TreeLeases(client, stream, config, state, problem_of, trainer.prepare, stop)
         tree_leases.give_back_from_before()
@@ -111,20 +108,20 @@ def _folder(config: LearnerConfig) -> Iterator[None]:
 
 def new_trainer(config: LearnerConfig, ranks: Ranks) -> Trainer:
     """This rank's trainer, with torch set up. Raises FieldError for a model that does not fit."""
-    if config.dtype == "bfloat16" and config.lr < _LEAST_BFLOAT16_LR:
-        problem = f"bfloat16 weights do not move at lr {config.lr:g}: most steps are rounded away"
-        allowed = "float32; torchrun -m learner … --compute-dtype bfloat16 computes in bfloat16"
-        raise FieldError("dtype", problem, allowed)
     torch.manual_seed(config.seed + ranks.rank)
     if config.threads:
         torch.set_num_threads(config.threads)
     # shards move to the ranks' devices layer by layer: a whole model may not fit there
     device = ranks.device if ranks.mesh is None else torch.device("cpu")
+    check_architecture(config.model)
+    compute = config.compute_dtype or compute_dtype_of(config.model)
     policy, reference = load_policy(config.model, device, config.dtype), None
+    check_names(policy, config.model)
     if config.kl_weight or config.local_reference == "reference":
         frozen = config.reference_model or config.model
-        reference = load_policy(frozen, device, config.dtype)
-    return Trainer(policy, reference, config, ranks.device, ranks)
+        reference = load_policy(frozen, device, compute)
+    chosen = config.model_copy(update={"compute_dtype": compute})
+    return Trainer(policy, reference, chosen, ranks.device, ranks)
 
 
 def resume(checkpoints: Checkpoints, trainer: Trainer, config: LearnerConfig) -> TrainState:

@@ -141,6 +141,7 @@ def learner_command(server: str, prompts: Path, out_dir: Path, *arguments: str) 
         f"--prompts={prompts}",
         f"--out-dir={out_dir}",
         "--device=cpu",
+        "--compute-dtype=float32",
         "--grader=exact",
         "--lr=4e-4",
         "--grad-clip=0.15",

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from learner.config import LearnerConfig
 from learner.dist.process_group import Ranks
 
 
@@ -23,12 +22,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard(model: Any, ranks: Ranks, config: LearnerConfig, *, trained: bool) -> None:
-    """Spreads the model over the ranks, layer by layer, and moves it to their devices; gradients
-    are summed over the ranks in float32. Nothing without a process group."""
+def shard(model: Any, ranks: Ranks, compute: torch.dtype | None, *, trained: bool) -> None:
+    """Spreads the model over the ranks, layer by layer, and moves it to their devices; passes
+    `compute` in this dtype (None: the weights'), gradients are summed in float32. Nothing without a
+    process group."""
     if ranks.mesh is None:
         return
-    compute = None if config.compute_dtype is None else getattr(torch, config.compute_dtype)
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     layers = set(getattr(model, "_no_split_modules", None) or ())
     for module in [m for m in model.modules() if type(m).__name__ in layers]:

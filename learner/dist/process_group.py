@@ -167,9 +167,6 @@ def joined(config: LearnerConfig) -> Iterator[Ranks]:
     Raises FieldError for a device that is not there, RankLostError if the others do not come.
     """
     if not dist.is_torchelastic_launched():
-        if config.compute_dtype not in (None, config.dtype):
-            problem = "differs from --dtype, which takes FSDP"
-            raise FieldError("compute_dtype", problem, "torchrun --nproc-per-node 1 -m learner …")
         yield Ranks(pick_device(config.device))
         return
     device = _own_device(config.device)

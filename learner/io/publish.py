@@ -25,6 +25,7 @@ from learner.dist.process_group import ALONE, Ranks
 from learner.dist.state import weights_of
 from learner.errors import writing
 from learner.io.checkpoint import TrainState
+from learner.train.names import as_stored
 
 _log = logging.getLogger(__name__)
 _SETTLE_S = 10.0
@@ -76,12 +77,12 @@ class Publisher:
         """Writes the weights as version `state.version` and notes its digest in the state; waits
         for the push in the background first. Raises what that raised."""
         self.wait()
-        weights = weights_of(model, self._ranks)
+        weights = as_stored(model, weights_of(model, self._ranks, self.dtype))
         with writing("the weights to publish", self.staged.parent):
             if self._served:
                 self.staged.replace(self._base)
             save_file(
-                {name: weights[name].to(self.dtype) for name in self._names},
+                {name: weights[name].contiguous() for name in self._names},
                 self.staged,
                 metadata={"format": "pt"},  # transformers loads no others
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import ibtpo_torchvision
 from ibtree.errors import FieldError
+from ibtree.weights.model_folder import INDEX, stored_dtype, weight_files
 from learner.algo.logprobs import chunked_logprobs
 from learner.tree.attention import TreeAttention, hidden_states
 from learner.tree.pack import Pack
@@ -23,15 +24,32 @@ def mend_torchvision() -> None:
 def load_policy(folder: Path, device: torch.device, dtype: str) -> Any:
     """The model in training mode without dropout. Raises FieldError if it does not load."""
     mend_torchvision()
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    files = weight_files(folder)
     try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        # or a file beside an index would be preferred to it
+        config.transformers_weights = INDEX if (folder / INDEX).is_file() else files[0].name
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=getattr(torch, dtype), local_files_only=True
+            str(folder), config=config, dtype=getattr(torch, dtype), local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise FieldError("model", f"{folder} does not load: {error}", "a HF folder") from error
+    del model.config.transformers_weights  # it says nothing about where this one is saved
+    model.tie_weights()  # of a head beside tied embeddings, which the server does not read either
     return model.to(device).eval()  # eval: dropout would move log-probabilities off the engine's
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many token ids the model knows; configurations have it in different places."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def compute_dtype_of(folder: Path) -> str:
+    """The dtype that a model folder is computed in: float32 if it holds that, else bfloat16.
+    Raises FieldError."""
+    return "float32" if stored_dtype(folder) == "F32" else "bfloat16"
 
 
 def checkpoint_activations(model: Any) -> None:

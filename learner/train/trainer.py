@@ -20,6 +20,7 @@ from learner.config import LearnerConfig
 from learner.dist.fsdp import shard, whole
 from learner.dist.process_group import ALONE, Ranks
 from learner.train.forward import Batch, forward_of
+from learner.train.precision import compute_dtype, computing_in
 from learner.train.reference import by_reference
 from learner.tree.prepared import PreparedTrees
 from learner.tree.training import TrainingTree, loss_weights_of, training_trees
@@ -101,9 +102,11 @@ class Trainer:
         self._loss_weights = PreparedTrees(partial(loss_weights_of, config=config))
         self._forward = forward_of(config, policy, reference, device, self._loss_weights)
         self._ranks = ranks
-        shard(policy, ranks, config, trained=True)
+        compute = compute_dtype(config)
+        shard(policy, ranks, compute, trained=True)
         if reference is not None:
-            shard(reference, ranks, config, trained=False)
+            shard(reference, ranks, compute, trained=False)
+        self._compute_dtype = None if ranks.mesh else compute  # shards compute in it as they are
         self.optimizer = torch.optim.AdamW(
             policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
         )
@@ -132,7 +135,8 @@ class Trainer:
             passes = self._passes(training, figures)
             for _ in range(self._config.optimizer_steps_per_batch):
                 self.optimizer.zero_grad(set_to_none=True)
-                loss = sum(self._backward(pass_, version, figures) for pass_ in passes)
+                with computing_in(self._compute_dtype, self.policy):
+                    loss = sum(self._backward(pass_, version, figures) for pass_ in passes)
                 if not self._update(loss, updates, figures):
                     break
             self._add_up(figures)
@@ -157,7 +161,9 @@ class Trainer:
         """The reference's log-probabilities; None without one."""
         if self._reference is None:
             return None
-        with figures.computing(), torch.no_grad():
+        # loaded in that dtype it needs no copies
+        precision = computing_in(self._compute_dtype, self._reference)
+        with figures.computing(), torch.no_grad(), precision:
             return self._forward.logprobs(self._reference, batch)
 
     def _update(self, loss: float, updates: int, figures: StepFigures) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from ibtree.errors import FieldError
 from ibtree.weights.delta import Bits, apply, bits
 from ibtree.weights.manifest import TensorSpec, WeightManifest, digest_of
+from ibtree.weights.model_folder import checkpoint_specs, weight_files
 from ibtree.weights.tensor_files import DTYPE_BYTES, mapped, read_header, write_file
 from server_ext.weights.manifest import check_digests, check_file
 from server_ext.weights.store import Serving, StoredWeights, WeightStore
@@ -132,10 +133,13 @@ class HostCopy:
         if self._store.retained:
             yield from self.tensors(self.specs)
             return
-        from safetensors.torch import load_file  # imports torch: not before it is needed
+        from safetensors import safe_open
 
-        for path in sorted(self._model_dir.glob("*.safetensors")):
-            yield from load_file(path).items()
+        wanted = checkpoint_specs(self._model_dir)
+        for path in weight_files(self._model_dir):
+            with safe_open(path, "pt") as file:  # imports torch: not before it is needed
+                for name in sorted(wanted.keys() & file.keys()):
+                    yield name, file.get_tensor(name)
 
     def write(self, path: Path) -> None:
         """Writes a whole file of what is here."""

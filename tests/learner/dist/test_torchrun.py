@@ -16,10 +16,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from learner.config import LearnerConfig
 from learner.dist.balance import balanced
 from learner.dist.commands import Command
-from learner.dist.process_group import joined
 from tests.learner.dist.ranks_child import CASES
 from tests.learner.recorded import (
     ROOT,
@@ -76,10 +74,10 @@ def ended(process: subprocess.Popen[bytes]) -> int:
         process.wait(LONGEST_S)
 
 
-def checked_by_ranks(argument: str) -> str:
-    """What two ranks said that ran their checks to the end."""
+def checked_by_ranks(argument: str, ranks: int = 2) -> str:
+    """What so many ranks said that ran their checks to the end."""
     process = subprocess.Popen(
-        [*torchrun(2), "-m", "tests.learner.dist.ranks_child", argument],
+        [*torchrun(ranks), "-m", "tests.learner.dist.ranks_child", argument],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -126,12 +124,20 @@ def test_two_ranks_one_of_them_killed_then_two_and_then_one_are_the_run_of_one(t
         assert spread.run_here("--steps=12") == ""
         assert acked(server) == acked(quiet) == upto(12)
     straight_rows, spread_rows = rows(straight), rows(spread)
-    assert [row["step"] for row in spread_rows] == [*range(1, 13)] == [row["step"] for row in straight_rows]
+    assert (
+        [row["step"] for row in spread_rows]
+        == [*range(1, 13)]
+        == [row["step"] for row in straight_rows]
+    )
     assert {0, 1, 2, 3} == {row["trained_trees"] for row in straight_rows}
     for name in ("loss", "kl", "clip_share", "grad_norm", "trained_trees", "updates", "tokens"):
         curve = [row[name] for row in spread_rows]
-        assert curve == pytest.approx([row[name] for row in straight_rows], abs=1e-4, rel=1e-4), name
-    ours, theirs = (load_file(learner.out_dir / "last/model.safetensors") for learner in (spread, straight))
+        assert curve == pytest.approx([row[name] for row in straight_rows], abs=1e-4, rel=1e-4), (
+            name
+        )
+    ours, theirs = (
+        load_file(learner.out_dir / "last/model.safetensors") for learner in (spread, straight)
+    )
     start = load_file(model / "model.safetensors")
     for name, tensor in theirs.items():
         moved = (tensor - start[name]).norm()
@@ -143,7 +149,13 @@ def test_two_ranks_step_skip_gather_and_restore_as_one(tmp_path):
     """tests/learner/dist/ranks_child.py says what is compared."""
     said = checked_by_ranks(str(tmp_path))
     assert said.count("same step") == 2 * len(CASES)
-    assert said.count("gathered") == said.count("restored") == 2
+    for done in ("computed in bfloat16", "gathered", "restored"):
+        assert said.count(done) == 2
+
+
+@pytest.mark.timeout(300)
+def test_a_step_in_bfloat16_is_the_same_with_torchrun_and_without():
+    assert checked_by_ranks("bfloat16", ranks=1).count("computed in bfloat16") == 1
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [3, 3, 3], [9, 1, 8, 2, 7, 3], [100, 1, 1, 1]], ids=str)
@@ -171,13 +183,6 @@ def test_a_command_arrives_as_it_was_sent():
         received.validate()
         assert (received.prompt, received.unique_tokens) == (tree.prompt, tree.unique_tokens)
         assert sorted(received.rewards()) == sorted(tree.rewards())
-
-
-def test_mixed_precision_takes_torchrun():
-    options = ["--model=m", "--prompts=p", "--compute-dtype=bfloat16"]
-    config = LearnerConfig.load("ibtpo-learner", options)
-    with pytest.raises(ValueError, match=r"compute_dtype.*torchrun"), joined(config):
-        pass
 
 
 @SOAK
