@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 
-.PHONY: setup demo test lint protos bench resolve soak soak-weights clean
+.PHONY: setup demo demo-gsm8k test lint protos bench resolve soak soak-weights clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -26,6 +26,11 @@ $(STAMP): pyproject.toml constraints.txt
 # COMPARE=1 also trains GRPO at the same token budget.
 demo: setup
 	$(PY) examples/arith/demo.py $(if $(COMPARE),--compare)
+
+# A real instruct model: MODEL=DIR, a Hugging Face folder. More options in ARGUMENTS.
+demo-gsm8k: setup
+	@$(if $(MODEL),,$(error needed: MODEL=DIR, the Hugging Face folder of an instruct model))
+	$(PY) examples/gsm8k/demo.py --model $(MODEL) $(ARGUMENTS)
 
 # Two workers: one has the tests with engines (tests/conftest.py), which take turns.
 test: setup lint

@@ -110,6 +110,12 @@ def _warn(run: Run, figures: StepFigures) -> None:
             f"warning: step {step}: no tree to train on, {stale:.0f} too old, the others of one "
             f"reward each (mean {reward:.3g}); weights unchanged"
         )
+    if run.config.strategy != "independent" and run.state.figures["steps_per_trajectory"] < 1.5:
+        run.report.say(
+            f"warning: step {step}: trajectories have hardly more than one step, so trees branch "
+            "from the prompt alone; --step-rule auto finds lines and sentences, --separators other "
+            "texts, --max-step-tokens a greatest length"
+        )
     if gap > run.config.log_prob_gap_alarm:
         run.report.say(f"warning: engine and trainer differ by {gap:.3g} nats")
     if run.state.bad_steps >= run.config.max_bad_steps:

@@ -48,12 +48,19 @@ def tree_figures(trees: list[Tree], version: int) -> Figures:
         "balance": mean([score.balance(tree) for tree in trees]),
         "staleness_mean": mean([float(staleness(tree, version)) for tree in trees]),
         "staleness_max": float(max(staleness(tree, version) for tree in trees)),
+        "steps_per_trajectory": mean([_steps_per_trajectory(tree) for tree in trees]),
         "trajectories": float(sum(tree.trajectories for tree in trees)),
         "generated_tokens": float(sum(tree.ledger.generated_tokens for tree in trees)),
         "unique_tokens": float(sum(tree.unique_tokens for tree in trees)),
         "prefix_tokens": float(sum(tree.ledger.prefix_tokens for tree in trees)),
         "cached_tokens": float(sum(tree.ledger.cached_tokens for tree in trees)),
     }
+
+
+def _steps_per_trajectory(tree: Tree) -> float:
+    """Mean over the tree's trajectories: with 1 there is nothing to branch from."""
+    steps = sum(tree.depth_steps(end) * tree.ends[end] for end in tree.end_nodes())
+    return steps / tree.trajectories
 
 
 def staleness(tree: Tree, version: int) -> int:
