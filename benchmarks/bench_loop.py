@@ -3,7 +3,7 @@
 The server's own parts around a recorded engine and a real tokenizer: it gives back texts of a
 recorded length after a while, as a GPU would. Meanwhile one client call submits 10,000 prompts of
 400 tokens. `--tokenizer DIR` is a Hugging Face folder with a tokenizer and a config.json; without
-it, the tokenizer qwen3 of the folder that IBTPO_TEST_DATA names.
+it, `tokenizers/qwen3` of the folder that IBTPO_TEST_DATA names.
 
 loop_lag_*_ms            how late a task that sleeps for a millisecond wakes up
 idle_lag_*_ms            the same with nothing to do
@@ -33,11 +33,12 @@ from figures import show
 
 from ibtree.messages import CacheState, Prompt
 from ibtree.tree import Finish, SamplingOptions, Tree, TreeOptions
-from ibtree.wire.messages import prompt_from_bytes
+from ibtree.wire.messages import prompt_from_bytes, prompt_to_proto
 from ibtree.wire.trees import tree_to_bytes
 from server_ext.cache.client import TreeCache
 from server_ext.cache.open_trees import TreeAccount
 from server_ext.engine.port import Completion
+from server_ext.interpreter import settle
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.producer import Producer
@@ -164,6 +165,7 @@ async def under_load(
 ) -> dict[str, float]:
     """64 trees of 16 rollouts of 2,048 tokens, 16 of 16 x 16k, and the prompts of one call."""
     keep_message_memory()
+    settle()
     engine = RecordedEngine(recorded, 4.0)
     forest = forest_of(tokenizer, engine, 1024, 2048)
     journal = JournalThread(partial(Journal, folder / "journal.sqlite"))
@@ -230,13 +232,9 @@ async def in_flight(
     producer = Producer(
         journal, forest, lambda data: prompt_from_bytes(data, forest.defaults), tree_to_bytes
     )
-    sampling = SamplingService(forest, journal, producer, 100_000)
-    from ibtree.wire.messages import prompt_to_proto
-
     prompt = tuple(recorded[:50])
-    rows = await forest.off_loop(
-        sampling._rows, [prompt_to_proto(Prompt(prompt, f"q{i}")) for i in range(4 * most)]
-    )
+    queued = [prompt_to_proto(Prompt(prompt, f"q{i}")) for i in range(4 * most)]
+    rows = [(message.id, message.SerializeToString(deterministic=True)) for message in queued]
     await journal(Journal.submit, rows)
     running = asyncio.create_task(producer.run())
     counts: list[int] = []
@@ -263,16 +261,18 @@ def submit(target: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    data = Path(os.environ.get("IBTPO_TEST_DATA", Path(__file__).parents[2] / "shared/data"))
-    parser.add_argument("--tokenizer", type=Path, default=data / "tokenizers/qwen3")
+    data = os.environ.get("IBTPO_TEST_DATA")
+    default = Path(data, "tokenizers/qwen3") if data else None
+    parser.add_argument("--tokenizer", type=Path, default=default, metavar="DIR")
     parser.add_argument("--submit", metavar="TARGET", help="only submit prompts there")
     arguments = parser.parse_args()
     if arguments.submit:
         submit(arguments.submit)
         return
-    if not arguments.tokenizer.is_dir():
+    if arguments.tokenizer is None or not arguments.tokenizer.is_dir():
+        given = f"no folder {arguments.tokenizer}" if arguments.tokenizer else "no tokenizer"
         sys.exit(
-            f"bench-loop: no folder {arguments.tokenizer}; give a tokenizer by --tokenizer DIR"
+            f"bench-loop: {given}; give one by --tokenizer DIR, or its data by IBTPO_TEST_DATA"
         )
     from server_ext.engine import cpu
 

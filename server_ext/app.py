@@ -27,6 +27,7 @@ from server_ext.cache.audit import Auditor
 from server_ext.cache.names import FRACTION_VARIABLE
 from server_ext.config import ServerConfig
 from server_ext.engine.sglang import SglangEngine
+from server_ext.interpreter import settle
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.producer import Producer
@@ -120,6 +121,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         producer = _add_services(server, config, forest, journal, updater)
         CacheService(engine.trees, auditor).add_to(server)
         health.add_to(server)
+        settle()
         await server.start()
         health.serving(True)
         print(

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests import ROOT
-
-DATA = Path(os.environ.get("IBTPO_TEST_DATA", ROOT.parent / "shared/data"))
+DATA = os.environ.get("IBTPO_TEST_DATA")
 
 
 def data(name: str) -> Path:
     """A file or folder of it; skips the test where that is absent."""
-    path = DATA / name
+    if DATA is None:
+        pytest.skip(f"{name} is wanted: IBTPO_TEST_DATA names no folder")
+    path = Path(DATA, name)
     if not path.exists():
         pytest.skip(f"no {name} in IBTPO_TEST_DATA ({DATA})")
     return path

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
 
 from ibtree.errors import FieldError
 from ibtree.messages import Expansion
 from ibtree.tree import Tree
 from ibtree.wire.messages import expansion_to_proto, progress_to_proto, prompt_from_proto
 from ibtree.wire.trees import tree_to_proto
+from ibtree.wire.unparsed import UnparsedPrompts
 from ibtree.wire.v1 import sampling_pb2 as pb
 from ibtree.wire.v1 import sampling_pb2_grpc
 from server_ext.errors import BusyError, QueueFullError
@@ -24,6 +28,8 @@ from server_ext.trees.forest import Forest
 from server_ext.trees.job import Job
 
 _MAX_PROMPTS = 10_000
+_SLICE = 64
+"""Prompts checked in a row: then trees that wait for the same thread have their turn."""
 _PROGRESS_S = 10.0
 """Longest silence of a stream."""
 
@@ -41,6 +47,13 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
 
     def add_to(self, server: Any) -> None:
         sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(self, server)
+        submit = grpc.unary_unary_rpc_method_handler(
+            self.SubmitPrompts,
+            request_deserializer=UnparsedPrompts.FromString,
+            response_serializer=pb.SubmitPromptsResponse.SerializeToString,
+        )
+        service = pb.DESCRIPTOR.services_by_name["TreeSamplingService"].full_name
+        server.add_registered_method_handlers(service, {"SubmitPrompts": submit})
 
     async def SampleTree(
         self, request: pb.SampleTreeRequest, context: Any
@@ -84,16 +97,20 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
             growth.cancel()
             await asyncio.wait({growth})
 
-    async def SubmitPrompts(
-        self, request: pb.SubmitPromptsRequest, context: Any
-    ) -> pb.SubmitPromptsResponse:
+    async def SubmitPrompts(self, request: Any, context: Any) -> pb.SubmitPromptsResponse:
+        """`request`: UnparsedPrompts."""
         async with reported(context):
             most = min(_MAX_PROMPTS, self._max_queued)
-            if not 1 <= len(request.prompts) <= most:
-                raise FieldError("prompts", f"got {len(request.prompts)}", f"1 to {most} a call")
-            rows = await self._forest.off_loop(self._rows, list(request.prompts))
+            count = len(request.prompts)
+            if not 1 <= count <= most:
+                raise FieldError("prompts", f"got {count}", f"1 to {most} a call")
+            rows: dict[str, bytes] = {}
+            for at in range(0, count, _SLICE):
+                await self._forest.off_loop(self._add_rows, rows, request, at)
             try:
-                accepted, known = await self._journal(Journal.submit, rows, self._max_queued)
+                accepted, known = await self._journal(
+                    Journal.submit, rows.items(), self._max_queued
+                )
             except QueueFullError as error:
                 raise BusyError(str(error), self._forest.pace.expected_s(error.excess)) from error
             self._producer.notify()
@@ -102,18 +119,20 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
     def _job(self, prompt: pb.Prompt) -> Job:
         return self._forest.check(prompt_from_proto(prompt, self._forest.defaults))
 
-    def _rows(self, prompts: Sequence[pb.Prompt]) -> list[tuple[str, bytes]]:
-        """The prompts as the journal keeps them. Raises FieldError that names the first bad one."""
-        rows, seen = [], set()
-        for i, prompt in enumerate(prompts):
-            if not prompt.id or prompt.id in seen:
+    def _add_rows(self, rows: dict[str, bytes], request: Any, start: int) -> None:
+        """Adds a slice of the prompts as the journal keeps them, by id. Raises FieldError that
+        names the first bad one."""
+        for i, data in enumerate(request.prompts[start : start + _SLICE], start):
+            try:
+                prompt = pb.Prompt.FromString(data)
+            except DecodeError as error:
+                raise FieldError(f"prompts[{i}]", f"no Prompt: {error}", "a Prompt") from error
+            if not prompt.id or prompt.id in rows:
                 problem = f"{prompt.id!r} is empty or stands twice in the call"
                 raise FieldError(f"prompts[{i}].id", problem, "distinct ids")
-            seen.add(prompt.id)
             try:
                 self._job(prompt)
             except FieldError as error:
                 where = f"prompts[{i}]: {error.field}"
                 raise FieldError(where, error.problem, error.allowed) from error
-            rows.append((prompt.id, prompt.SerializeToString(deterministic=True)))
-        return rows
+            rows[prompt.id] = prompt.SerializeToString(deterministic=True)

@@ -7,10 +7,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
-from typing import ParamSpec, TypeVar
 
 from ibtree.errors import FieldError
 from ibtree.messages import Chat, Expansion, Progress, Prompt
@@ -26,14 +23,13 @@ from server_ext.trees.cutter import StepCutter
 from server_ext.trees.grower import SCHEDULES, Grower
 from server_ext.trees.job import Job
 from server_ext.trees.limits import Limits
+from server_ext.trees.off_loop import OffLoop
 from server_ext.trees.sampler import SamplerParts, TreeSampler
 from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
 
 _MAX_ID_CHARACTERS = 256
 _NO_LIMIT = 2**31
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Forest:
@@ -62,7 +58,8 @@ class Forest:
         grown to its end."""
         self.defaults, self.model_id = defaults, model_id
         self.slots, self.pace = Slots(max_rollouts), Pace()
-        self._sampler_parts = SamplerParts(engine, tokenizer, graders, self.slots)
+        rollouts = OffLoop("rollouts")
+        self._sampler_parts = SamplerParts(engine, tokenizer, graders, self.slots, rollouts)
         self._engine, self._tokenizer = engine, tokenizer
         self._graders, self._default_grader = graders, default_grader
         self._limits = limits
@@ -75,14 +72,10 @@ class Forest:
         """Of the jobs that grow now, by identity."""
         self._starting = 0
         """Rollouts that trees will want which have a permit and have not begun."""
-        self._checking = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+        self.off_loop = OffLoop("prompts")
+        """Tokenises and checks prompts, (de)serialises them and trees."""
         check_job_names(defaults, graders, default_grader)
         limits.applied(defaults)
-
-    async def off_loop(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs what grows with the input beside the event loop: tokenising, (de)serialising."""
-        call = partial(work, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._checking, call)
 
     async def wants_tree(self) -> None:
         """Returns when the engine has slots that no growing tree will claim, and no tree waits for
@@ -154,7 +147,7 @@ class Forest:
 
     def _check_steps(self, options: TreeOptions) -> None:
         try:
-            StepCutter(self._tokenizer, options)
+            StepCutter(self._tokenizer, options, self.off_loop)
         except FieldError as error:
             raise FieldError("options.separators", error.problem, error.allowed) from error
 

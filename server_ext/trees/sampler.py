@@ -16,6 +16,7 @@ from server_ext.trees.cutter import StepCutter
 from server_ext.trees.grower import Rollout
 from server_ext.trees.job import Job
 from server_ext.trees.judge import Judge
+from server_ext.trees.off_loop import OffLoop
 from server_ext.trees.text import Tokenizer
 
 _WARM_TOKENS = 64
@@ -29,6 +30,8 @@ class SamplerParts:
     tokenizer: Tokenizer
     graders: Graders
     slots: Slots
+    off_loop: OffLoop
+    """Cuts and decodes what the rollouts of all trees generated."""
 
 
 class TreeSampler:
@@ -46,9 +49,11 @@ class TreeSampler:
         from the prompt claims its slot."""
         self._seed, self._began = seed, began
         self._engine, self._slots = parts.engine, parts.slots
-        self._tokenizer, self._cutter = parts.tokenizer, StepCutter(parts.tokenizer, job.options)
+        self._tokenizer, self._off_loop = parts.tokenizer, parts.off_loop
+        self._cutter = StepCutter(parts.tokenizer, job.options, parts.off_loop)
         self._job, self._name = job, name
-        self._judge = Judge(parts.graders.named(job.grader), parts.tokenizer, job)
+        grader = parts.graders.named(job.grader)
+        self._judge = Judge(grader, parts.tokenizer, job, parts.off_loop)
         self._in_flight: set[str] = set()
         self._aborted = False
         self._warming: asyncio.Task[None] | None = None
@@ -64,8 +69,7 @@ class TreeSampler:
         left = tree.options.sampling.max_new_tokens - len(prefix)
         completion = await self._generate(tree, str(number), prefix, left)
         finish, generated = completion.finish, len(completion.token_ids)
-        stops = tree.options.sampling.stop
-        stopped = stop_length(self._tokenizer.decode, prefix, completion.token_ids, stops)
+        stopped = await self._stop_length(tree, prefix, completion.token_ids)
         if stopped and finish is not Finish.NONE:
             finish, completion = Finish.STOP, completion.head(stopped)
         lengths = await self._cutter.lengths(tree, number, completion.token_ids)
@@ -75,6 +79,16 @@ class TreeSampler:
             completion.prefix_tokens,
             completion.cached_tokens,
             generated - len(completion.token_ids),
+        )
+
+    async def _stop_length(
+        self, tree: Tree, prefix: Sequence[int], token_ids: Sequence[int]
+    ) -> int | None:
+        if not (stops := tree.options.sampling.stop):
+            return None
+        decode = self._tokenizer.decode
+        return await self._off_loop.of_tokens(
+            len(token_ids), stop_length, decode, prefix, token_ids, stops
         )
 
     async def _warmed(self, tree: Tree) -> None:

@@ -54,7 +54,7 @@ class Site:
         self.weights = Served(folder, limits.get("switch", "interrupt"))
         self._shared_dir = limits.get("shared_dir")
         self.engine, self.updater = self.weights.engine, self.weights.updater
-        self.tokenizer = ToyTokenizer()
+        self.tokenizer = limits.get("tokenizer") or ToyTokenizer()
         open_journal = partial(Journal, folder / "j.sqlite", max_returns=2, max_failures=3)
         self.journal = JournalThread(open_journal)
         self.forest = Forest(
@@ -82,7 +82,7 @@ class Site:
 
     async def __aenter__(self) -> Self:
         self.server = grpc.aio.server(options=SERVER_OPTIONS)
-        sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(self.sampling, self.server)
+        self.sampling.add_to(self.server)
         queue = QueueService(self.journal, self.producer, 60.0, lambda: self.sampling.interactive)
         queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, self.server)
         weights = WeightsService(self.updater, self._shared_dir)

@@ -16,7 +16,7 @@ from ibtree.evaluation.accuracy import Accuracy
 from ibtree.evaluation.run import evaluate_async
 from ibtree.messages import Chat, ChatMessage, Prompt
 from ibtree.tree import Finish
-from ibtree.wire.v1 import sampling_pb2_grpc, weights_pb2_grpc
+from ibtree.wire.v1 import weights_pb2_grpc
 from server_ext.services.weights import WeightsService
 from tests.data import data
 from tests.server_ext.fakes import toy_text, until
@@ -121,7 +121,7 @@ async def test_seeds(site):
 async def restarted(site: Site) -> None:
     """The same services at the same address."""
     site.server = grpc.aio.server()
-    sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(site.sampling, site.server)
+    site.sampling.add_to(site.server)
     service = WeightsService(site.updater, None)
     weights_pb2_grpc.add_WeightsServiceServicer_to_server(service, site.server)
     site.server.add_insecure_port(site.target)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,12 +12,9 @@ from ibtree.messages import Submission
 from server_ext.rewards.exact import ExactGrader
 from server_ext.rewards.math import MathGrader
 from server_ext.rewards.pool import GradingPool
-from tests import ROOT
+from tests.data import data
 
-DATA = Path(os.environ.get("IBTPO_TEST_DATA", ROOT / "../shared/data")) / "gsm8k/test.jsonl"
 COUNT = 1319
-
-pytestmark = pytest.mark.skipif(not DATA.is_file(), reason=f"{DATA} is absent: IBTPO_TEST_DATA")
 
 WRITINGS: dict[str, Callable[[str, int], str]] = {
     "plain": lambda work, n: f"{work}#### {n}",
@@ -47,7 +42,7 @@ def maths() -> Iterator[MathGrader]:
 
 def rows() -> list[tuple[str, str, str]]:
     """Question, worked solution and answer, as they stand in the data."""
-    with DATA.open(encoding="utf-8") as lines:
+    with data("gsm8k/test.jsonl").open(encoding="utf-8") as lines:
         read = [json.loads(line) for line in lines]
     parted = [(row["question"], *row["answer"].rsplit("####", 1)) for row in read]
     assert len(parted) == COUNT

@@ -8,6 +8,7 @@ import pytest
 
 from ibtree.tree import Tree, TreeOptions
 from server_ext.trees.cutter import StepCutter
+from server_ext.trees.off_loop import OffLoop
 from tests.server_ext.fakes import ToyTokenizer
 from tests.server_ext.site import Site, prompt
 
@@ -17,10 +18,14 @@ SENTENCES = "It is 3.5. Really? Yes."
 BARE = "nothing to cut"
 
 
+def cutter_for(options: TreeOptions) -> StepCutter:
+    return StepCutter(ToyTokenizer(), options, OffLoop("rollouts"))
+
+
 async def cut(texts: list[str], later: str = LINES, **options) -> tuple[Tree, list[list[int]]]:
     """Steps of the first rollouts, which come one after the other, and of a later one."""
     shape = TreeOptions(init_rollouts=len(texts), rounds=3, **options)
-    tree, cutter = Tree(prompt=(1,), options=shape), StepCutter(ToyTokenizer(), shape)
+    tree, cutter = Tree(prompt=(1,), options=shape), cutter_for(shape)
     tokens = [tuple(text.encode()) for text in (*texts, later)]
     tasks = [
         asyncio.create_task(cutter.lengths(tree, number, token_ids))
@@ -47,7 +52,7 @@ async def test_the_unit_is_chosen_from_the_first_rollouts(texts, unit, steps):
 async def test_siblings_are_cut_alike():
     """An early rollout waits until all of the first round are there."""
     shape = TreeOptions(init_rollouts=2, rounds=2, step_rule="auto")
-    tree, cutter = Tree(prompt=(1,), options=shape), StepCutter(ToyTokenizer(), shape)
+    tree, cutter = Tree(prompt=(1,), options=shape), cutter_for(shape)
     early = asyncio.create_task(cutter.lengths(tree, 0, tuple(PARAGRAPHS.encode())))
     await asyncio.sleep(0.01)
     assert not early.done() and not tree.step_unit
@@ -57,7 +62,7 @@ async def test_siblings_are_cut_alike():
 
 async def test_a_deadline_ends_the_wait():
     shape = TreeOptions(init_rollouts=2, rounds=2, step_rule="auto")
-    tree, cutter = Tree(prompt=(1,), options=shape), StepCutter(ToyTokenizer(), shape)
+    tree, cutter = Tree(prompt=(1,), options=shape), cutter_for(shape)
     early = asyncio.create_task(cutter.lengths(tree, 0, tuple(LINES.encode())))
     await asyncio.sleep(0)
     cutter.wait_no_longer()
