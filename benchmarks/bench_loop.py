@@ -7,6 +7,8 @@ it, `tokenizers/qwen3` of the folder that IBTPO_TEST_DATA names.
 
 loop_lag_*_ms            how late a task that sleeps for a millisecond wakes up
 idle_lag_*_ms            the same with nothing to do
+busy_lag_*_ms            the same with nothing to do beside a busy process for each core: what the
+                         operating system alone costs
 tokens_per_core_second   generated tokens per second of the server process's processor time
 in_flight_share          mean rollouts in flight of the most there may be, while four times as many
                          trees are queued as the engine holds, `ib` with `rounds`
@@ -216,10 +218,17 @@ async def under_load(
 
 
 async def idle() -> dict[str, float]:
-    lag = Lag()
-    async with lag.watched():
-        await asyncio.sleep(3.0)
-    return {"idle_lag_p99_ms": lag.quantile(0.99), "idle_lag_max_ms": lag.quantile(1.0)}
+    figures: dict[str, float] = {}
+    for name, busy in (("idle", 0), ("busy", os.cpu_count() or 1)):
+        lag, command = Lag(), [sys.executable, "-c", "while True: pass"]
+        processes = [await asyncio.create_subprocess_exec(*command) for _ in range(busy)]
+        async with lag.watched():
+            await asyncio.sleep(10.0)
+        for process in processes:
+            process.kill()
+            await process.wait()
+        figures |= {f"{name}_lag_p99_ms": lag.quantile(0.99), f"{name}_lag_max_ms": lag.quantile(1)}
+    return figures
 
 
 async def in_flight(
