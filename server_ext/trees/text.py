@@ -72,7 +72,16 @@ class Tokenizer:
         return self._size
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text))
+        """Ids of the text, with the special tokens that the tokenizer puts around it. One that
+        begins with the BOS, as chat templates write it, gets no second."""
+        token_ids: tuple[int, ...] = tuple(self._tokenizer.encode(text))
+        return token_ids[1:] if self._adds_bos and token_ids[1:2] == token_ids[:1] else token_ids
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer puts a BOS in front of a text."""
+        bos = self._tokenizer.bos_token_id
+        return bos is not None and self._tokenizer.encode("a")[0] == bos
 
     def encode_chat(self, chat: Chat) -> tuple[int, ...]:
         """Ids of the model's chat template, which also opens the answer. Raises FieldError for a

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from ibtree.errors import FieldError
 from ibtree.messages import Chat, ChatMessage
 from server_ext.trees.cuts import Segmenter
 from server_ext.trees.text import Tokenizer as ModelTokenizer
+from tests.data import data
 
 PIECES = [".\n\n", "\n\n", "\n\n\n", "a\n", "\na", "ab", ". ", " a", "é", "。\n\n", "\r\n\r\n"]
 
@@ -139,3 +141,64 @@ def test_a_chat_goes_through_the_models_template(tmp_path):
     assert token_ids.count(tokenizer.encode("<eos>")[0]) == 2, "special tokens, not their letters"
     with pytest.raises(FieldError, match=r"prompt\.chat: rejected .* no judges"):
         tokenizer.encode_chat(Chat((ChatMessage("judge", "x"),)))
+
+
+def with_bos(folder: Path, made: Tokenizer, bos: str) -> ModelTokenizer:
+    """Like Llama's: the tokenizer puts the BOS in front of a text, and the template writes it."""
+    made.add_special_tokens([AddedToken(bos, special=True)])
+    front = [(bos, made.token_to_id(bos))]
+    made.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=front)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos}
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + TEMPLATE)
+    return ModelTokenizer(folder)
+
+
+CHAT = Chat((ChatMessage("user", "ab"),))
+
+
+def check_one_bos(tokenizer: ModelTokenizer, bos: str) -> None:
+    """However the prompt comes, it has one BOS in front; those that follow are its own."""
+    (bos_id,) = tokenizer.encode(bos)
+    plain = tokenizer.encode("ab")
+    assert plain[0] == bos_id and plain.count(bos_id) == 1
+    for text in (bos + "ab", bos + "ab" + bos, bos + bos + "ab"):
+        spelt = tokenizer._tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.encode(text) == tuple(spelt), text
+        assert spelt.count(bos_id) == text.count(bos)
+    chat = tokenizer.encode_chat(CHAT)
+    assert chat[0] == bos_id and chat.count(bos_id) == 1
+    assert tokenizer.encode(tokenizer.decode(chat)) == chat, "rendered elsewhere, sent as text"
+
+
+@pytest.mark.parametrize("kind", [byte_level, metaspace])
+def test_there_is_one_bos(tmp_path, kind):
+    check_one_bos(with_bos(tmp_path, kind(), "<s>"), "<s>")
+
+
+def test_there_is_one_bos_in_front_of_a_real_models_prompt(tmp_path):
+    """DeepSeek's vocabulary and BOS, put in front as its reference code does."""
+    folder, bos = data("tokenizers/deepseek_v3"), "<｜begin▁of▁sentence｜>"
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    check_one_bos(with_bos(tmp_path, made, bos), bos)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gptoss", "qwen3"])
+def test_a_tokenizer_that_adds_nothing_leaves_a_text_as_it_is(name):
+    tokenizer = ModelTokenizer(data(f"tokenizers/{name}"))
+    bos = tokenizer._tokenizer.bos_token or ""
+    ids = tokenizer.encode(bos + "Is it 7?")
+    assert tokenizer.decode(ids) == bos + "Is it 7?"
+    assert tokenizer.encode(bos * 2 + "7")[:2] == (ids[0],) * 2 or not bos
+    if tokenizer._tokenizer.chat_template:
+        chat = tokenizer.encode_chat(CHAT)
+        assert tokenizer.encode(tokenizer.decode(chat)) == chat
+        assert not bos or chat.count(ids[0]) == 1
+
+
+def test_without_a_bos_a_text_that_repeats_itself_stays():
+    """Only a BOS counts: the first two ids of a text may be alike."""
+    tokenizer = ModelTokenizer(data("tokenizers/qwen3"))
+    assert tokenizer.decode(tokenizer.encode("\x00\x00\x00")) == "\x00\x00\x00"
