@@ -110,9 +110,9 @@ def _warn(run: Run, figures: StepFigures) -> None:
             f"warning: step {step}: no tree to train on, {stale:.0f} too old, the others of one "
             f"reward each (mean {reward:.3g}); weights unchanged"
         )
-    if run.config.strategy != "independent" and run.state.figures["steps_per_trajectory"] < 1.5:
+    if run.config.strategy != "independent" and run.state.figures["steps_median"] <= 1:
         run.report.say(
-            f"warning: step {step}: trajectories have hardly more than one step, so trees branch "
+            f"warning: step {step}: half of the trajectories have a single step, so trees branch "
             "from the prompt alone; --step-rule auto finds lines and sentences, --separators other "
             "texts, --max-step-tokens a greatest length"
         )

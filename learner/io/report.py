@@ -31,12 +31,15 @@ _SHOWN = ("reward", "eff_rate", "loss", "log_prob_gap_mean")
 
 def tree_figures(trees: list[Tree], version: int) -> Figures:
     """Means over a step's trees: rewards, Eff-Rate (share of trees with reward variance), IB-Score
-    of non-leaf nodes, balance (arXiv 2605.28109, diagnosis), staleness [versions], tokens."""
+    of non-leaf nodes, balance (arXiv 2605.28109, diagnosis), staleness [versions], tokens. Of all
+    their trajectories: mean and median of the steps in each; with 1 there is nothing to branch
+    from."""
 
     def mean(values: list[float]) -> float:
         known = [v for v in values if math.isfinite(v)]
         return float(np.mean(known)) if known else float("nan")
 
+    steps = [count for tree in trees for count in _step_counts(tree)]
     scores = [s for tree in trees for s in score.ib_scores(tree)]
     return {
         "reward": mean([float(tree.rewards().mean()) for tree in trees]),
@@ -48,7 +51,8 @@ def tree_figures(trees: list[Tree], version: int) -> Figures:
         "balance": mean([score.balance(tree) for tree in trees]),
         "staleness_mean": mean([float(staleness(tree, version)) for tree in trees]),
         "staleness_max": float(max(staleness(tree, version) for tree in trees)),
-        "steps_per_trajectory": mean([_steps_per_trajectory(tree) for tree in trees]),
+        "steps_per_trajectory": float(np.mean(steps)),
+        "steps_median": float(np.median(steps)),
         "trajectories": float(sum(tree.trajectories for tree in trees)),
         "generated_tokens": float(sum(tree.ledger.generated_tokens for tree in trees)),
         "unique_tokens": float(sum(tree.unique_tokens for tree in trees)),
@@ -57,10 +61,9 @@ def tree_figures(trees: list[Tree], version: int) -> Figures:
     }
 
 
-def _steps_per_trajectory(tree: Tree) -> float:
-    """Mean over the tree's trajectories: with 1 there is nothing to branch from."""
-    steps = sum(tree.depth_steps(end) * tree.ends[end] for end in tree.end_nodes())
-    return steps / tree.trajectories
+def _step_counts(tree: Tree) -> list[int]:
+    """Steps of each of the tree's trajectories; one that came twice counts twice."""
+    return [tree.depth_steps(end) for end in tree.end_nodes() for _ in range(tree.ends[end])]
 
 
 def staleness(tree: Tree, version: int) -> int:

@@ -8,9 +8,11 @@ import math
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -213,6 +215,40 @@ def test_a_step_without_a_tree_to_compare_warns_and_the_run_goes_on(site, model,
     said = [line for line in capfd.readouterr().err.splitlines() if "no tree to train on" in line]
     assert len(said) == 1
     assert "warning: step 1" in said[0] and "reward each (mean 0)" in said[0]
+
+
+def trees_with(steps: Sequence[int], model: Path) -> list[Tree]:
+    """A tree for each prompt of a step; its trajectories have so many steps."""
+    recording = []
+    for number in range(PER_STEP):
+        tree = Tree(prompt=(7, 8), model_id=model_identity(model))
+        for at, count in enumerate(steps):
+            ids = [(at % 8, number, each) for each in range(count)]
+            tree.insert(0, [step_of(each) for each in ids], float(at % 2), Finish.STOP)
+        recording.append(tree)
+    return recording
+
+
+@pytest.mark.parametrize(
+    ("steps", "strategy", "warned"),
+    [
+        ((1, 1, 9), "ib", True),  # the mean is far from 1
+        ((1, 1, 2, 2), "ib", False),
+        ((1, 1, 1, 1), "independent", False),  # which branches nowhere anyway
+    ],
+)
+def test_trajectories_of_one_step_warn_with_the_remedy(
+    tmp_path, model, capfd, steps, strategy, warned
+):
+    with RecordedServer(tmp_path, model, trees_with(steps, model)) as site:
+        learner = new_learner(site, model, "--steps=1", f"--strategy={strategy}")
+        assert learner.run_here() == ""
+    (row,) = rows(learner)
+    assert row["steps_per_trajectory"] == pytest.approx(sum(steps) / len(steps))
+    assert row["steps_median"] == np.median(steps)
+    said = [line for line in capfd.readouterr().err.splitlines() if "a single step" in line]
+    assert len(said) == warned
+    assert not said or ("warning: step 1" in said[0] and "--step-rule auto" in said[0])
 
 
 @pytest.mark.parametrize(

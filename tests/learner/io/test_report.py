@@ -57,6 +57,9 @@ def test_figures_by_hand():
             "balance": np.mean(covariances),
             "staleness_mean": (3 + 1) / 2,
             "staleness_max": 3.0,
+            # of the first 2, 2 and 1; the second's only one was drawn twice
+            "steps_per_trajectory": (2 + 2 + 1 + 1 + 1) / 5,
+            "steps_median": 1.0,
             "trajectories": 5.0,
             "generated_tokens": 12.0,
             "unique_tokens": 6.0 + 1.0,
