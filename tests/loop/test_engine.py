@@ -94,18 +94,22 @@ def test_independent_draws_all_from_the_prompt(server: Server) -> None:
 
 
 def test_the_math_grader(server: Server) -> None:
+    right: dict[str, list[float]] = {"math": [], "exact": []}
     with Client(server.address) as client:
-        asked = prompt(3)
-        tree = client.sample_tree(
-            Prompt(asked.content, answer=f"{asked.answer}.0", grader="math", options=OPTIONS)
-        )
-        exact = client.sample_tree(
-            Prompt(asked.content, answer=f"{asked.answer}.0", grader="exact", options=OPTIONS)
-        )
-    answers = {_text(tree.steps[n].token_ids): tree.reward(n) for n in tree.end_nodes()}
-    assert answers[f"#### {asked.answer}"] == 1.0
-    assert all(r == 0 for text, r in answers.items() if text != f"#### {asked.answer}")
-    assert exact.rewards().max() == 0.0  # to the letter, "5" is not "5.0"
+        for number in range(3, 9):  # of one problem's trajectories, none may be right
+            asked = prompt(number)
+            decimal = f"{asked.answer}.0"
+            for grader, rewards in right.items():
+                tree = client.sample_tree(
+                    Prompt(asked.content, answer=decimal, grader=grader, options=OPTIONS)
+                )
+                for end in tree.end_nodes():
+                    if _text(tree.steps[end].token_ids) == f"#### {asked.answer}":
+                        rewards.append(tree.reward(end))
+                    else:
+                        assert tree.reward(end) == 0.0
+    assert set(right["math"]) == {1.0}
+    assert set(right["exact"]) == {0.0}  # to the letter, "5" is not "5.0"
 
 
 @pytest.mark.parametrize("strategy", ["ib", "entropy"])

@@ -132,7 +132,8 @@ async def test_eager_keeps_as_many_in_flight_as_began(strategy):
 
     growth.process.roll = watched
     await growth.grow()
-    assert max(in_flight) == 4 and in_flight.count(4) >= 11
+    # where several end at once, fewer may be left to start: only near the end of the tree
+    assert max(in_flight) == 4 and in_flight[:9] == [4] * 9
 
 
 async def test_a_straggler_does_not_block_an_eager_tree():
