@@ -150,7 +150,7 @@ class RollbackOutcome:
 
 @dataclass(frozen=True)
 class CacheState:
-    """The engine's radix cache (fields: GetCacheResponse in cache.proto). [tokens]"""
+    """The engine's radix cache and how it is used (fields: GetCacheResponse in cache.proto)."""
 
     pool_tokens: int = 0
     capacity_tokens: int = 0
@@ -158,6 +158,8 @@ class CacheState:
     evicted_tokens: int = 0
     open_trees: int = 0
     ranks_agree: bool = True
+    prefill_passes: int = 0
+    joined_requests: int = 0
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ class TreeCache:
             "evicted_tokens",
             "capacity_tokens",
             "pool_tokens",
+            "prefill_passes",
+            "joined_requests",
         )
         totals = {field: sum(getattr(reply, field) for reply in replies) for field in sums}
         return CacheState(**totals, ranks_agree=all(reply.ranks_agree for reply in replies))

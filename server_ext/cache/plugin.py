@@ -1,4 +1,4 @@
-"""SGLang's plugin entry point (`sglang.srt.plugins`): the backend `ibtree` and its messages.
+"""The radix backend `ibtree`, its messages and hooks, as SGLang's scheduler takes them.
 
 SGLang logs and swallows what goes wrong in a plugin, so the factory, which runs in the scheduler,
 checks that every hook took, and fails the start-up if one did not.
@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
 
+from server_ext.cache.joining import Passes, next_batch, passes_of
 from server_ext.cache.names import BACKEND
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -35,6 +36,7 @@ class TreeCacheReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     """The answer of each data-parallel rank: the accounts of the trees closed (asked, cached,
     refilled, protected [tokens]), per probe (tokens cached, of those computed with other weights),
     and the state of the cache. `ranks_agree`: every tensor-parallel rank took the same decisions.
+    `prefill_passes`, `joined_requests`: counts of the scheduler since it began (joining.py).
     """
 
     reply: int
@@ -46,17 +48,19 @@ class TreeCacheReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
     capacity_tokens: int
     pool_tokens: int
     ranks_agree: bool
+    prefill_passes: int
+    joined_requests: int
 
 
 def register() -> None:
-    """Registers the backend; SGLang calls it in every process that may need it."""
+    """Registers the backend, its messages and its hooks."""
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     hook_custom_types(TreeCacheReqInput, TreeCacheReqOutput)
     register_radix_cache_backend(BACKEND, _create)
-    for method, hook in _HOOKS.items():
-        HookRegistry.register(f"{_SCHEDULER}.{method}", hook, HookType.AFTER)
+    for method, (hook, when) in _HOOKS.items():
+        HookRegistry.register(f"{_SCHEDULER}.{method}", hook, HookType(when))
 
 
 def _create(context: Any) -> Any:
@@ -82,7 +86,8 @@ def _take_messages(_: None, scheduler: Any) -> None:
     from sglang.utils import TypeBasedDispatcher
 
     def handle(request: TreeCacheReqInput) -> TreeCacheReqOutput | None:
-        return _handle(scheduler.tree_cache, request)  # which does not exist yet
+        # looked up now: the cache does not exist yet when the scheduler's messages are set up
+        return _handle(scheduler.tree_cache, request, passes_of(scheduler))
 
     scheduler._request_dispatcher += TypeBasedDispatcher([(TreeCacheReqInput, handle)])
 
@@ -95,12 +100,13 @@ def _weights_changed(_: None, scheduler: Any, **__: Any) -> None:
 
 
 _HOOKS = {
-    "init_request_dispatcher": _take_messages,
-    "record_weight_version_change": _weights_changed,
+    "init_request_dispatcher": (_take_messages, "after"),
+    "record_weight_version_change": (_weights_changed, "after"),
+    "get_next_batch_to_run": (next_batch, "around"),
 }
 
 
-def _handle(cache: Any, request: TreeCacheReqInput) -> TreeCacheReqOutput | None:
+def _handle(cache: Any, request: TreeCacheReqInput, passes: Passes) -> TreeCacheReqOutput | None:
     trees = cache.trees
     trees.expire(request.now_s)
     for name, deadline_s in request.opened.items():
@@ -119,4 +125,6 @@ def _handle(cache: Any, request: TreeCacheReqInput) -> TreeCacheReqOutput | None
         capacity_tokens=trees.capacity_tokens,
         pool_tokens=cache.pool_tokens,
         ranks_agree=cache.ranks_agree(),
+        prefill_passes=passes.prefill_passes,
+        joined_requests=passes.joined_requests,
     )

@@ -40,6 +40,10 @@ class Metrics:
         self._protected = gauge("cache_protected_tokens", "Tokens held for open trees")
         self._capacity = gauge("cache_capacity_tokens", "Most tokens held for open trees")
         self._evicted = gauge("cache_evicted_tokens", "Tokens evicted from open trees, ever")
+        self._passes = gauge("prefill_passes", "Prefill passes of the engine since it started")
+        self._joined = gauge(
+            "joined_requests", "Requests that began with a decode step instead, since then"
+        )
         self._agree = gauge("cache_ranks_agree", "1: all ranks took the same decisions")
         self._audits = counter("audits", "Cached prefixes compared with computed ones")
         self._difference = gauge(
@@ -62,6 +66,8 @@ class Metrics:
         self._capacity.set(state.capacity_tokens)
         self._evicted.set(state.evicted_tokens)
         self._agree.set(state.ranks_agree)
+        self._passes.set(state.prefill_passes)
+        self._joined.set(state.joined_requests)
 
     def audit(self, audit: CacheAudit) -> None:
         self._audits.inc(audit.samples)

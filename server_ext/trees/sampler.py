@@ -17,6 +17,7 @@ from server_ext.trees.grower import Rollout
 from server_ext.trees.job import Job
 from server_ext.trees.judge import Judge
 from server_ext.trees.off_loop import OffLoop
+from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
 
 _WARM_TOKENS = 64
@@ -52,6 +53,8 @@ class TreeSampler:
         self._tokenizer, self._off_loop = parts.tokenizer, parts.off_loop
         self._cutter = StepCutter(parts.tokenizer, job.options, parts.off_loop)
         self._job, self._name = job, name
+        first = strategy_named(job.options.strategy).first(job.options)
+        self._shares_prompt = min(first, job.options.trajectories) > 1
         grader = parts.graders.named(job.grader)
         self._judge = Judge(grader, parts.tokenizer, job, parts.off_loop)
         self._in_flight: set[str] = set()
@@ -59,7 +62,7 @@ class TreeSampler:
         self._warming: asyncio.Task[None] | None = None
 
     async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
-        if start == 0 and len(tree.prompt) >= _WARM_TOKENS:
+        if start == 0 and self._shares_prompt and len(tree.prompt) >= _WARM_TOKENS:
             await self._warmed(tree)
             if self._aborted:
                 return Rollout([], Finish.NONE, 0, 0)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ibtree/v1/cache.proto\x12\tibtree.v1\"\x11\n\x0fGetCacheRequest\"\x9b\x01\n\x10GetCacheResponse\x12\x13\n\x0bpool_tokens\x18\x01 \x01(\x03\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x02 \x01(\x03\x12\x18\n\x10protected_tokens\x18\x03 \x01(\x03\x12\x16\n\x0e\x65victed_tokens\x18\x04 \x01(\x03\x12\x12\n\nopen_trees\x18\x05 \x01(\x03\x12\x13\n\x0branks_agree\x18\x06 \x01(\x08\"5\n\x11\x41uditCacheRequest\x12\x14\n\x07samples\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_samples\"\x81\x01\n\x12\x41uditCacheResponse\x12\x0f\n\x07samples\x18\x01 \x01(\x05\x12\x15\n\rprefix_tokens\x18\x02 \x01(\x03\x12\x15\n\rcached_tokens\x18\x03 \x01(\x03\x12\x14\n\x0cstale_tokens\x18\x04 \x01(\x03\x12\x16\n\x0emax_difference\x18\x05 \x01(\x01\x32\x9e\x01\n\x0c\x43\x61\x63heService\x12\x43\n\x08GetCache\x12\x1a.ibtree.v1.GetCacheRequest\x1a\x1b.ibtree.v1.GetCacheResponse\x12I\n\nAuditCache\x12\x1c.ibtree.v1.AuditCacheRequest\x1a\x1d.ibtree.v1.AuditCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ibtree/v1/cache.proto\x12\tibtree.v1\"\x11\n\x0fGetCacheRequest\"\xcc\x01\n\x10GetCacheResponse\x12\x13\n\x0bpool_tokens\x18\x01 \x01(\x03\x12\x17\n\x0f\x63\x61pacity_tokens\x18\x02 \x01(\x03\x12\x18\n\x10protected_tokens\x18\x03 \x01(\x03\x12\x16\n\x0e\x65victed_tokens\x18\x04 \x01(\x03\x12\x12\n\nopen_trees\x18\x05 \x01(\x03\x12\x13\n\x0branks_agree\x18\x06 \x01(\x08\x12\x16\n\x0eprefill_passes\x18\x07 \x01(\x03\x12\x17\n\x0fjoined_requests\x18\x08 \x01(\x03\"5\n\x11\x41uditCacheRequest\x12\x14\n\x07samples\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\n\n\x08_samples\"\x81\x01\n\x12\x41uditCacheResponse\x12\x0f\n\x07samples\x18\x01 \x01(\x05\x12\x15\n\rprefix_tokens\x18\x02 \x01(\x03\x12\x15\n\rcached_tokens\x18\x03 \x01(\x03\x12\x14\n\x0cstale_tokens\x18\x04 \x01(\x03\x12\x16\n\x0emax_difference\x18\x05 \x01(\x01\x32\x9e\x01\n\x0c\x43\x61\x63heService\x12\x43\n\x08GetCache\x12\x1a.ibtree.v1.GetCacheRequest\x1a\x1b.ibtree.v1.GetCacheResponse\x12I\n\nAuditCache\x12\x1c.ibtree.v1.AuditCacheRequest\x1a\x1d.ibtree.v1.AuditCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCACHEREQUEST']._serialized_start=36
   _globals['_GETCACHEREQUEST']._serialized_end=53
   _globals['_GETCACHERESPONSE']._serialized_start=56
-  _globals['_GETCACHERESPONSE']._serialized_end=211
-  _globals['_AUDITCACHEREQUEST']._serialized_start=213
-  _globals['_AUDITCACHEREQUEST']._serialized_end=266
-  _globals['_AUDITCACHERESPONSE']._serialized_start=269
-  _globals['_AUDITCACHERESPONSE']._serialized_end=398
-  _globals['_CACHESERVICE']._serialized_start=401
-  _globals['_CACHESERVICE']._serialized_end=559
+  _globals['_GETCACHERESPONSE']._serialized_end=260
+  _globals['_AUDITCACHEREQUEST']._serialized_start=262
+  _globals['_AUDITCACHEREQUEST']._serialized_end=315
+  _globals['_AUDITCACHERESPONSE']._serialized_start=318
+  _globals['_AUDITCACHERESPONSE']._serialized_end=447
+  _globals['_CACHESERVICE']._serialized_start=450
+  _globals['_CACHESERVICE']._serialized_end=608
 # @@protoc_insertion_point(module_scope)

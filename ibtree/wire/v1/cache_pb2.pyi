@@ -43,6 +43,8 @@ class GetCacheResponse(_message.Message):
     EVICTED_TOKENS_FIELD_NUMBER: _builtins.int
     OPEN_TREES_FIELD_NUMBER: _builtins.int
     RANKS_AGREE_FIELD_NUMBER: _builtins.int
+    PREFILL_PASSES_FIELD_NUMBER: _builtins.int
+    JOINED_REQUESTS_FIELD_NUMBER: _builtins.int
     pool_tokens: _builtins.int
     """Size of the KV pool. [tokens]"""
     capacity_tokens: _builtins.int
@@ -55,6 +57,14 @@ class GetCacheResponse(_message.Message):
     """Trees open in the cache now."""
     ranks_agree: _builtins.bool
     """All tensor-parallel ranks have taken the same decisions. False: restart the server."""
+    prefill_passes: _builtins.int
+    """Passes that the engine made to compute the prompts or prefixes of new requests, since it
+    started.
+    """
+    joined_requests: _builtins.int
+    """Requests that needed none, as all but the last token of their prefix was in the cache: they
+    began with a decode step of the running ones.
+    """
     def __init__(
         self,
         *,
@@ -64,10 +74,12 @@ class GetCacheResponse(_message.Message):
         evicted_tokens: _builtins.int = ...,
         open_trees: _builtins.int = ...,
         ranks_agree: _builtins.bool = ...,
+        prefill_passes: _builtins.int = ...,
+        joined_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_tokens", b"capacity_tokens", "evicted_tokens", b"evicted_tokens", "open_trees", b"open_trees", "pool_tokens", b"pool_tokens", "protected_tokens", b"protected_tokens", "ranks_agree", b"ranks_agree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_tokens", b"capacity_tokens", "evicted_tokens", b"evicted_tokens", "joined_requests", b"joined_requests", "open_trees", b"open_trees", "pool_tokens", b"pool_tokens", "prefill_passes", b"prefill_passes", "protected_tokens", b"protected_tokens", "ranks_agree", b"ranks_agree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,6 +30,8 @@ def answer(reply: int, open_trees: int = 1, account: tuple[int, ...] = (1, 2, 3,
         evicted_tokens=0,
         capacity_tokens=100,
         pool_tokens=200,
+        prefill_passes=5,
+        joined_requests=7,
         ranks_agree=open_trees != 3,
     )
 

@@ -291,6 +291,12 @@ async def test_a_long_prompt_is_computed_once(site):
     assert len(site.engine.requests) == DEFAULTS.trajectories
 
 
+async def test_one_first_rollout_computes_its_prompt_itself(site):
+    tree = await site.client.sample_tree(prompt("x" * 80, init_rollouts=1, rounds=1))
+    assert tree.trajectories == 1
+    assert [rid.rsplit("/", 1)[1] for rid in site.engine.requests] == ["0"]
+
+
 async def test_a_deadline_while_the_prompt_is_computed(site):
     site.engine.go_on.clear()
     with pytest.raises(RpcFailed, match="DEADLINE_EXCEEDED: no rollout finished"):

@@ -1,0 +1,21 @@
+"""SGLang's plugin entry point (`sglang.srt.plugins`): what the server changes in its processes.
+
+cache/plugin.py        the radix backend `ibtree`, its messages, branches that join decode steps
+engine/sampler_cpu.py  sampling without sorting the vocabulary
+"""
+
+from __future__ import annotations
+
+from server_ext.cache import plugin as cache
+
+
+def register() -> None:
+    """Registers everything; SGLang calls it in every process that may need it, and logs and
+    swallows what goes wrong here: the radix backend checks that it did not (cache/plugin.py)."""
+    from sglang.srt.layers.sampler import register_sampler_backend
+
+    from server_ext.engine.sampler_cpu import CpuSampler
+
+    # SGLang's name of the one sampler that it uses on a CPU; on a GPU ours passes on to SGLang's
+    register_sampler_backend("pytorch", CpuSampler)
+    cache.register()
