@@ -12,10 +12,15 @@ from server_ext.cache import plugin as cache
 def register() -> None:
     """Registers everything; SGLang calls it in every process that may need it, and logs and
     swallows what goes wrong here: the radix backend checks that it did not (cache/plugin.py)."""
+    register_sampler()
+    cache.register()
+
+
+def register_sampler() -> None:
+    """Takes the place of the one sampler that SGLang has for a CPU; on a GPU it is not asked for,
+    or passes on to SGLang's."""
     from sglang.srt.layers.sampler import register_sampler_backend
 
     from server_ext.engine.sampler_cpu import CpuSampler
 
-    # SGLang's name of the one sampler that it uses on a CPU; on a GPU ours passes on to SGLang's
     register_sampler_backend("pytorch", CpuSampler)
-    cache.register()
