@@ -6,7 +6,7 @@ for every request. Reads commands as JSON lines on standard input, answers each 
 
 from __future__ import annotations
 
-import server_ext.engine.cpu  # isort: skip  # noqa: F401  first: SGLang's children re-import this module
+import server_ext.engine.cpu  # isort: skip  first: SGLang's children re-import this module
 
 import asyncio
 import json
@@ -125,7 +125,6 @@ class Arm:
         from server_ext.queue.journal_thread import JournalThread
         from server_ext.queue.producer import Producer
         from server_ext.rewards.base import Graders
-        from server_ext.services.sampling import SamplingService
         from server_ext.trees.forest import Forest
         from server_ext.trees.limits import Limits
 
@@ -160,12 +159,12 @@ class Arm:
             producer = Producer(
                 journal, forest, lambda data: prompt_from_bytes(data, options), tree_to_bytes
             )
-            service = SamplingService(forest, journal, producer, 100_000)
-            prompts = [
+            queued = [
                 prompt_to_proto(Prompt(self._question(rng), f"{strategy}-{seed}-{i}"))
                 for i in range(trees)
             ]
-            await journal(Journal.submit, await forest.off_loop(service._rows, prompts))
+            rows = [(m.id, m.SerializeToString(deterministic=True)) for m in queued]
+            await journal(Journal.submit, rows)
             running = asyncio.create_task(producer.run())
             full = last = 0.0
             grown_at_full = 0
