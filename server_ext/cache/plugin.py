@@ -1,4 +1,5 @@
-"""SGLang's plugin entry point (`sglang.srt.plugins`): the backend `ibtree` and its messages.
+"""SGLang's plugin entry point (`sglang.srt.plugins`): the radix cache `ibtree`, its messages, and
+the attention `ibtree_cpu`.
 
 SGLang logs and swallows what goes wrong in a plugin, so the factory, which runs in the scheduler,
 checks that every hook took, and fails the start-up if one did not.
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
 
+from server_ext.attention import registry
 from server_ext.cache.names import BACKEND
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -49,7 +51,7 @@ class TreeCacheReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg, misc]
 
 
 def register() -> None:
-    """Registers the backend; SGLang calls it in every process that may need it."""
+    """Registers the backends; SGLang calls it in every process that may need them."""
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -57,6 +59,7 @@ def register() -> None:
     register_radix_cache_backend(BACKEND, _create)
     for method, hook in _HOOKS.items():
         HookRegistry.register(f"{_SCHEDULER}.{method}", hook, HookType.AFTER)
+    registry.register()
 
 
 def _create(context: Any) -> Any:
