@@ -9,10 +9,6 @@
 // Slots lie scattered over a pool much larger than the caches, so the next block's rows are
 // prefetched from inside the multiplications of this one.
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "part.h"
 
 namespace {
@@ -79,7 +75,7 @@ std::vector<Item> items_of(const Call& c, const Sizes& z) {
       int64_t begin = run.begin, end = highest + 1;
       if (run.end >= 0) end = std::min<int64_t>(end, run.end);
       if (c.window >= 0) begin = std::max(begin, lowest - c.window);
-      if (begin < end) items.push_back({run.row, begin, end, from, to});
+      if (begin < end) items.push_back({run.row, begin, end, from, to, lowest, highest});
     }
   }
   return items;
@@ -107,7 +103,11 @@ std::vector<std::vector<Item>> split(const Call& c, const std::vector<Item>& ite
         const int64_t blocks = std::llround(share * (item.end - item.begin) / BLOCK);
         if (before + cost > limit) end = std::min(end, item.begin + blocks * BLOCK);
       }
-      if (end > begin) split_items[part].push_back({item.row, begin, end, item.first, item.last});
+      if (end > begin) {
+        split_items[part].push_back(item);
+        split_items[part].back().begin = begin;
+        split_items[part].back().end = end;
+      }
       if (end < item.end) part++;
       begin = std::max(begin, end);
     }

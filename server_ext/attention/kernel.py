@@ -23,7 +23,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 SOURCES = ("attend.cpp", "plan.cpp")
-HEADERS = ("multiply.h", "pack.h", "part.h", "softmax.h", "vectors.h", "work.h")
+HEADERS = ("multiply.h", "pack.h", "part.h", "prefetch.h", "softmax.h", "vectors.h", "work.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_TIMEOUT_S = 120
@@ -88,15 +88,17 @@ def _built() -> Path:
     name = f"attention-{digest.hexdigest()[:24]}.so"
     for folder in _folders():
         path = folder / name
-        if path.exists():
-            return path
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_ours(folder):
+                continue
+            if path.exists():
+                return path
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 _build(compiler, here, openmp, Path(work) / name)
                 (Path(work) / name).replace(path)  # several processes may build at once
             return path
-        except (PermissionError, FileNotFoundError, NotADirectoryError, OSError) as error:
+        except OSError as error:
             logger.debug("attention: no library in %s: %s", folder, error)
     raise OSError("no folder to build in")
 
@@ -126,16 +128,19 @@ def _compiler() -> str:
 
 def _loaded_openmp() -> Path | None:
     """The OpenMP runtime this process has loaded, which is torch's."""
-    import torch  # noqa: F401  loads it
+    import torch  # which loads it
 
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None
-    for line in maps.read_text().splitlines():
-        path = Path(line.rpartition(" ")[2])
-        if path.name.startswith(("libgomp", "libiomp", "libomp")):
-            return path
-    return None
+    paths = {Path(line.rpartition(" ")[2]) for line in maps.read_text().splitlines()}
+    loaded = sorted(p for p in paths if p.name.startswith(("libgomp", "libiomp", "libomp")))
+    # other wheels bring copies of their own, in folders of their own
+    site = Path(torch.__file__).parent.parent
+    torchs = [p for p in loaded if p.is_relative_to(site / "torch")]
+    torchs += [p for p in loaded if p.is_relative_to(site / "torch.libs")]
+    others = [p for p in loaded if not p.is_relative_to(site)]
+    return next(iter([*torchs, *others]), None)
 
 
 def _cpu_features() -> str:
@@ -146,6 +151,12 @@ def _cpu_features() -> str:
         return platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else can put a library there."""
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _folders() -> Iterator[Path]:

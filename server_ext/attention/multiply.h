@@ -1,59 +1,13 @@
-// Products of a few rows with a packed block, which prefetch the next block meanwhile.
+// Products of a few rows with a packed block, which fetch coming blocks meanwhile.
 
 #pragma once
 
-#include "vectors.h"
-
 #include <utility>
 
+#include "prefetch.h"
+#include "vectors.h"
+
 namespace {
-
-struct Rows {  // the rows of one KV head in a block
-  const char* base;
-  int64_t stride;  // bytes
-  const int64_t* slots;
-  int n;
-  inline const char* at(int i) const { return base + slots[i] * stride; }
-};
-
-class Prefetch {  // of a block's keys and values of some KV heads, a cache line at a time
- public:
-  Prefetch(const Rows& keys, int key_bytes, const Rows& values, int value_bytes)
-      : rows_(keys), bytes_(key_bytes), then_(values), then_bytes_(value_bytes) {
-    if (rows_.n) line_ = rows_.at(0);
-  }
-
-  inline void step(int lines) {
-    for (; lines > 0 && line_; lines--) {
-      __builtin_prefetch(line_ + offset_, 0, 2);  // into L2: L1 has too few misses at once
-      offset_ += 64;
-      if (offset_ >= bytes_) next();
-    }
-  }
-
- private:
-  inline void next() {
-    offset_ = 0;
-    if (++at_ == rows_.n) {
-      if (bytes_ == 0 || done_) {
-        line_ = nullptr;
-        return;
-      }
-      done_ = true;
-      rows_ = then_;
-      bytes_ = then_bytes_;
-      at_ = 0;
-    }
-    line_ = rows_.at(at_);
-  }
-
-  Rows rows_;
-  int bytes_, at_ = 0, offset_ = 0;
-  Rows then_;
-  int then_bytes_;
-  bool done_ = false;
-  const char* line_ = nullptr;
-};
 
 // `Floats`: keys and values become float32. `Pairs`: bfloat16 stays and two products are summed at
 // once (vdpbf16ps), in float32. Both pack a block's keys as [dim][BLOCK] and its values as
@@ -94,7 +48,7 @@ inline void tile(std::integer_sequence<int, R...>, std::integer_sequence<int, C.
     ((acc[I] = vf{}), ...);
   const float* ones[ROWS] = {one + R * one_stride...};
   for (int64_t i = 0; i < n; i++, many += many_stride) {
-    prefetch.step(2);
+    prefetch.step(3);
     const vf column[COUNT] = {load(many + C * LANES)...};
     vf row[ROWS];
     ((row[R] = Kind::one(ones[R] + i)), ...);

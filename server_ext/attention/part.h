@@ -77,53 +77,62 @@ struct Worker {
   float *keys, *values, *scores;
   float scale, cap;
 
-  // One block's keys and values, packed, for the rows [from, from + ROWS) of a KV head.
+  // One block's keys and values, packed, for the rows [from, from + ROWS) of a KV head. `all`: every
+  // key is visible to every row.
   template <int ROWS>
-  void rows(int64_t h, int64_t from, int64_t begin, int n, Prefetch& next) {
+  void rows(int64_t h, int64_t from, int64_t begin, int n, bool all, Prefetch& next) {
     const int64_t queries = part.last - part.first;
     const int64_t base = h * queries * z.group + from;
     int low[ROWS], high[ROWS];
-    bool any = false;
-    for (int r = 0; r < ROWS; r++) {
-      const int64_t position = c.query_position[part.first + (from + r) / z.group];
-      high[r] = static_cast<int>(std::clamp<int64_t>(position + 1 - begin, 0, n));
-      low[r] = c.window < 0 ? 0
-                            : static_cast<int>(
-                                  std::clamp<int64_t>(position - c.window - begin, 0, n));
-      any |= low[r] < high[r];
+    if (!all) {
+      bool any = false;
+      for (int r = 0; r < ROWS; r++) {
+        const int64_t position = c.query_position[part.first + (from + r) / z.group];
+        const int64_t oldest = c.window < 0 ? 0 : position - c.window;
+        high[r] = static_cast<int>(std::clamp<int64_t>(position + 1 - begin, 0, n));
+        low[r] = static_cast<int>(std::clamp<int64_t>(oldest - begin, 0, n));
+        any |= low[r] < high[r];
+      }
+      if (!any) return;
     }
-    if (!any) return;
     const int64_t padded = up(n, LANES);
+    const int vectors = static_cast<int>(padded / LANES);
     tiles<Kind, ROWS>(keys, BLOCK, part.q + base * z.q_elements, z.q_elements, z.q_elements,
                       scores, BLOCK, nullptr, padded, next);
     float rescale[ROWS];
     for (int r = 0; r < ROWS; r++) {
-      next.step(6);
-      if (low[r] < high[r]) {
-        rescale[r] =
-            softmax<Kind>(scores + r * BLOCK, static_cast<int>(padded / LANES), low[r], high[r],
-                          scale, cap, part.maximum[base + r], part.sum[base + r]);
-      } else {
+      next.step(8);
+      float* row = scores + r * BLOCK;
+      if (!all && low[r] >= high[r]) {
         rescale[r] = 1.f;
-        std::memset(scores + r * BLOCK, 0, BLOCK * 4);
+        std::memset(row, 0, BLOCK * 4);
+        continue;
       }
+      if (cap != 0.f) cap_scores(row, vectors, scale, cap);
+      if (!all || padded != n) hide_scores(row, vectors, all ? 0 : low[r], all ? n : high[r]);
+      constexpr int FULL = BLOCK / LANES;
+      const float to_powers = cap != 0.f ? 1.f : scale;
+      float &maximum = part.maximum[base + r], &sum = part.sum[base + r];
+      rescale[r] = vectors == FULL ? softmax<Kind, FULL>(row, FULL, to_powers, maximum, sum)
+                                   : softmax<Kind, 0>(row, vectors, to_powers, maximum, sum);
     }
     tiles<Kind, ROWS>(values, z.v_padded, scores, BLOCK, (n + Kind::WIDTH - 1) / Kind::WIDTH,
-                      part.values + base * z.v_padded, z.v_padded, rescale, z.v_padded,
-                      next);
+                      part.values + base * z.v_padded, z.v_padded, rescale, z.v_padded, next);
   }
 
   void all_rows(const Item& item, int64_t h, int64_t begin, int n, Prefetch& next) {
     const int64_t first = (item.first - part.first) * z.group;
     const int64_t count = (item.last - item.first) * z.group;
     const int64_t steps = (count + MAX_ROWS - 1) / MAX_ROWS;
-      for (int64_t i = 0; i < steps; i++) {
+    const bool all = begin + n - 1 <= item.lowest &&
+                     (c.window < 0 || begin >= item.highest - c.window);
+    for (int64_t i = 0; i < steps; i++) {
       const int64_t from = first + count * i / steps, to = first + count * (i + 1) / steps;
       switch (to - from) {
 #define ROWS_CASE(N) \
   case N: \
     if constexpr (N <= MAX_ROWS) \
-      rows<N>(h, from, begin, n, next); \
+      rows<N>(h, from, begin, n, all, next); \
     break
         ROWS_CASE(1);
         ROWS_CASE(2);
@@ -157,41 +166,26 @@ struct Worker {
 
   template <class Number>
   void work(const std::vector<Item>& items) {
-    int64_t slots[2][BLOCK];
-    int now = 0;
-    // neighbouring heads' rows are fetched together where they are short and lie together
-    const bool together = c.k_head == c.dim && c.v_head == c.v_dim;
-    const int64_t heads =
-        together ? std::clamp<int64_t>(256 / (c.dim * static_cast<int64_t>(sizeof(Number))), 1, c.kv_heads) : 1;
-    int n = items.empty() ? 0 : slots_of(items[0], items[0].begin, slots[0]);
+    Prefetch next(c, items);
+    next.read(0, items[0].end - items[0].begin < BLOCK ? items[0].end - items[0].begin : BLOCK);
+    int64_t slots[BLOCK];
     for (size_t i = 0; i < items.size(); i++) {
       const Item& item = items[i];
       for (int64_t begin = item.begin; begin < item.end; begin += BLOCK) {
-        int next_n = 0;
-        if (begin + BLOCK < item.end)
-          next_n = slots_of(item, begin + BLOCK, slots[1 - now]);
-        else if (i + 1 < items.size())
-          next_n = slots_of(items[i + 1], items[i + 1].begin, slots[1 - now]);
-        for (int64_t h = 0; h < c.kv_heads; h += heads) {
-          const bool last = h + heads >= c.kv_heads;
-          const int64_t* next_slots = last ? slots[1 - now] : slots[now];
-          const int count = last ? next_n : n;
-          const int64_t next_h = last ? 0 : h + heads;
-          Prefetch next(rows_of<Number>(c.k, c.k_slot, c.k_head, next_h, next_slots, count),
-                        static_cast<int>(heads * c.dim * sizeof(Number)),
-                        rows_of<Number>(c.v, c.v_slot, c.v_head, next_h, next_slots, count),
-                        static_cast<int>(heads * c.v_dim * sizeof(Number)));
-          for (int64_t i = h; i < std::min(h + heads, c.kv_heads); i++) {
-            pack_keys<Kind, Number>(rows_of<Number>(c.k, c.k_slot, c.k_head, i, slots[now], n),
-                                    c.dim, keys, next);
-            pack_values<Kind, Number>(rows_of<Number>(c.v, c.v_slot, c.v_head, i, slots[now], n),
-                                      c.v_dim, z.v_padded, values, next);
-            all_rows(item, i, begin, n, next);
-          }
-          next.step(1 << 30);
+        const int n = slots_of(item, begin, slots);
+        const int64_t left = item.end - begin - BLOCK;
+        const int64_t after =
+            left > 0 ? left : i + 1 < items.size() ? items[i + 1].end - items[i + 1].begin : 0;
+        for (int64_t h = 0; h < c.kv_heads; h++) {
+          pack_keys<Kind, Number>(rows_of<Number>(c.k, c.k_slot, c.k_head, h, slots, n),
+                                  static_cast<int>(c.dim), keys);
+          pack_values<Kind, Number>(rows_of<Number>(c.v, c.v_slot, c.v_head, h, slots, n),
+                                    static_cast<int>(c.v_dim), static_cast<int>(z.v_padded),
+                                    values);
+          all_rows(item, h, begin, n, next);
+          if ((h + 1) % next.heads() == 0 || h + 1 == c.kv_heads)
+            next.read(n, h + 1 < c.kv_heads ? n : std::min<int64_t>(BLOCK, after));
         }
-        now = 1 - now;
-        n = next_n;
       }
     }
   }

@@ -38,6 +38,14 @@ struct Planner {
     return from;
   }
 
+  // How far each member goes with the first, which agree before `from`. The first is one from the
+  // middle, so that a chain of forks is not compared anew at each.
+  void compare(std::vector<Member>& members, int64_t from) const {
+    std::swap(members[0], members[members.size() / 2]);
+    for (size_t i = 1; i < members.size(); i++)
+      members[i].common = common(members[0], members[i], from);
+  }
+
   // Nobody has read the tokens from `begin` on for these members yet.
   void place(std::vector<Member>& members, int64_t begin) {
     if (members.size() == 1) {
@@ -66,9 +74,7 @@ struct Planner {
       if (!joins) groups.emplace_back();
       groups.back().push_back(m);
     }
-    for (size_t g = 1; g < groups.size(); g++)
-      for (size_t i = 1; i < groups[g].size(); i++)
-        groups[g][i].common = common(groups[g][0], groups[g][i], fork + 1);
+    for (size_t g = 1; g < groups.size(); g++) compare(groups[g], fork + 1);
     const int64_t size = members.size(), branches = groups.size();
     members = {};
 
@@ -95,11 +101,12 @@ int64_t plan_forest(const int32_t* table, int64_t stride, const int64_t* rows,
                     int32_t* order, int32_t* runs) {
   Planner planner{table,        stride,   rows,  lengths,
                   sequence_cost, run_cost, order, reinterpret_cast<Run*>(runs)};
-  std::vector<std::vector<Member>> trees;
   std::vector<Member> all(n);
   for (int64_t i = 0; i < n; i++) all[i] = {static_cast<int32_t>(i), 0};
-  for (int64_t i = 1; i < n; i++) all[i].common = planner.common(all[0], all[i], 0);
-  if (n) planner.place(all, 0);
+  if (n) {
+    planner.compare(all, 0);
+    planner.place(all, 0);
+  }
   return planner.n_runs;
 }
 

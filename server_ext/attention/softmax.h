@@ -9,29 +9,39 @@
 
 namespace {
 
-// Folds one row's scores of a block into its maximum and sum, and leaves the weights in place of
-// the scores (in pairs: as bfloat16). Keys outside [low, high) are hidden. Returns what the values
-// so far are to be multiplied by.
-template <class Kind>
-inline float softmax(float* scores, int vectors, int low, int high, float scale, float cap,
-                     float& maximum, float& sum) {
-  const vi lanes = lane_numbers();
-  vf top = splat(LOWEST);
+// The scores of a row that are not plain products: capped, and hidden outside [low, high).
+inline void cap_scores(float* scores, int vectors, float scale, float cap) {
+  for (int i = 0; i < vectors; i++)
+    store(scores + i * LANES, tanh_of(load(scores + i * LANES) * scale) * cap);
+}
+
+inline void hide_scores(float* scores, int vectors, int low, int high) {
   for (int i = 0; i < vectors; i++) {
-    vf s = load(scores + i * LANES) * scale;
-    if (cap != 0.f) s = tanh_of(s) * cap;
-    if (i * LANES < low || (i + 1) * LANES > high) {
-      const vi key = lanes + i * LANES;
-      s = ((key >= low) & (key < high)) ? s : splat(LOWEST);
-    }
+    if (i * LANES >= low && (i + 1) * LANES <= high) continue;
+    const vi key = lane_numbers() + i * LANES;
+    const vf s = load(scores + i * LANES);
+    store(scores + i * LANES, ((key >= low) & (key < high)) ? s : splat(LOWEST));
+  }
+}
+
+// Folds one row's scores of a block, which are to be multiplied by `scale` (> 0), into its maximum
+// and sum, and leaves the weights in place of the scores (in pairs: as bfloat16). Returns what the
+// values so far are to be multiplied by. VECTORS: how many the scores are, if that is known.
+template <class Kind, int VECTORS>
+inline float softmax(float* scores, int any_vectors, float scale, float& maximum, float& sum) {
+  const int vectors = VECTORS ? VECTORS : any_vectors;
+  vf top = load(scores);
+#pragma GCC unroll 16
+  for (int i = 1; i < vectors; i++) {
+    const vf s = load(scores + i * LANES);
     top = top > s ? top : s;
-    store(scores + i * LANES, s);
   }
   const float before = maximum;
-  const float now = std::max(before, highest(top));
+  const float now = std::max(before, highest(top) * scale);
   vf added = vf{};
+#pragma GCC unroll 16
   for (int i = 0; i < vectors; i++) {
-    const vf p = exp2_of(load(scores + i * LANES) - now);
+    const vf p = exp2_of<Kind::WIDTH == 1>(load(scores + i * LANES) * scale - now);
     added += p;
 #ifdef __AVX512BF16__
     if constexpr (Kind::WIDTH == 2) {

@@ -38,6 +38,7 @@ constexpr int BLOCK = 64;           // tokens packed at a time
 struct Item {  // keys [begin, end) of a table row for the queries [first, last)
   int32_t row;
   int64_t begin, end, first, last;
+  int64_t lowest, highest;  // position of a query
 };
 
 inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

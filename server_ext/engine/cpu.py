@@ -74,6 +74,7 @@ def select() -> None:
     """Chooses the CPU engine for this process and its children."""
     os.environ[ENGINE_VARIABLE] = "1"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: slots lie all over the KV pool
     install()
 
 
