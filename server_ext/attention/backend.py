@@ -82,15 +82,31 @@ class IbTreeCpuBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         return last.plan
 
     def forward_extend(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **more: Any,
     ) -> Any:
+        _check(layer, more)
         if self._is_encoding(layer):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_decode(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **more: Any,
     ) -> Any:
+        _check(layer, more)
         if self._is_encoding(layer):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
@@ -106,7 +122,6 @@ class IbTreeCpuBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
     ) -> Any:
         assert self._batch is not None
-        _check(layer)
         pool = self.token_to_kv_pool
         if save_kv_cache and k is not None and v is not None:
             location = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
@@ -154,9 +169,12 @@ def _plan(table: torch.Tensor, rows: Ints, lengths: Ints) -> Plan:
     return unshared(rows) if kernel.library() is None else forest(table, rows, lengths)
 
 
-def _check(layer: Any) -> None:
+def _check(layer: Any, more: dict[str, Any]) -> None:
     """Raises NotImplementedError for what would silently be left out."""
-    if layer.logit_cap and layer.logit_capping_method != "tanh":
+    given = [name for name, value in more.items() if value is not None]
+    if given:
+        what = ", ".join(given)
+    elif layer.logit_cap and layer.logit_capping_method != "tanh":
         what = f"logit capping by {layer.logit_capping_method}"
     elif layer.xai_temperature_len > 0:
         what = "temperatures by length"

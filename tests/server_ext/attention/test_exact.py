@@ -76,16 +76,17 @@ def check(of: Batch, arms: tuple[str, ...] = ARMS) -> None:
             assert off <= 1.5 * theirs + 2**-9, (arm, of.shape, off, theirs)
 
 
-SHAPES = [
-    Shape(kv_heads, group, dim, v_dim, cap=cap, window=window, scale=dim**-0.5)
-    for (kv_heads, group), (dim, v_dim), (cap, window) in zip(
-        [(8, 1), (2, 7), (3, 2), (1, 8), (2, 7), (1, 16), (4, 3), (5, 1), (1, 1)],
-        [(64, 64), (64, 64), (16, 32), (256, 128), (80, 80), (192, 128), (33, 17), (96, 250)]
-        + [(1, 24)],
-        [(0, -1), (0, 40), (30, -1), (5, 17), (0, -1), (50, 300), (0, 0), (0, -1), (2, 64)],
-        strict=True,
-    )
-]  # fmt: skip
+SHAPES = [  # KV heads, queries a KV head, dimensions of keys and of values, soft cap, window
+    (8, 1, 64, 64, 0, -1),
+    (2, 7, 64, 64, 0, 40),
+    (3, 2, 16, 32, 30, -1),
+    (1, 8, 256, 128, 5, 17),
+    (2, 7, 80, 80, 0, -1),
+    (1, 16, 192, 128, 50, 300),
+    (4, 3, 33, 17, 0, 0),
+    (5, 1, 96, 250, 0, -1),
+    (1, 1, 1, 24, 2, 64),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=["float32", "bfloat16"])
@@ -93,7 +94,8 @@ SHAPES = [
 @pytest.mark.parametrize("number", range(len(SHAPES)))
 def test_random_forests(number, mode, dtype):
     rng = np.random.default_rng([number, len(mode)])
-    shape = Shape(**{**vars(SHAPES[number]), "dtype": dtype})
+    kv_heads, group, dim, v_dim, cap, window = SHAPES[number]
+    shape = Shape(kv_heads, group, dim, v_dim, dtype, dim**-0.5, cap, window)
     for sequences, longest, page in [(1, 1, 1), (1, 200, 16), (9, 150, 1), (24, 90, 64)]:
         check(batch(rng, shape, sequences, longest, mode, page))
 
