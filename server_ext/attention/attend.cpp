@@ -1,5 +1,5 @@
-// Attention of a batch over paged slots, every shared run of slots read once; and the plan of the
-// runs. Plain C ABI (`attend`, `plan_forest`, `forest_holds`, below); kernel.py is its other side.
+// Attention of a batch over paged slots, every shared run of slots read once. The C ABI is `attend`,
+// below, and in plan.cpp; kernel.py is its other side.
 //
 // A run's slots are read in blocks of 64 tokens. A block's keys and values are packed once, then
 // the queries of all heads of the KV head and of all sequences below the run are multiplied with
@@ -8,6 +8,8 @@
 // the batch's work; a query that several threads worked on is merged by log-sum-exp at the end.
 // Slots lie scattered over a pool much larger than the caches, so the next block's rows are
 // prefetched from inside the multiplications of this one.
+
+#include <deque>
 
 #include "part.h"
 
@@ -116,8 +118,10 @@ std::vector<std::vector<Item>> split(const Call& c, const std::vector<Item>& ite
   return split_items;
 }
 
-Scratch& scratch_of_thread() {
-  static thread_local Scratch scratch;
+// One for each part, not for each thread: OpenMP may give fewer threads than were asked for.
+std::deque<Scratch>& scratch_of_caller(int64_t parts) {
+  static thread_local std::deque<Scratch> scratch;
+  while (static_cast<int64_t>(scratch.size()) < parts) scratch.emplace_back();
   return scratch;
 }
 
@@ -138,17 +142,17 @@ int attend(const Call* call) {
   const int64_t threads = std::max<int64_t>(1, c.threads);
   const std::vector<std::vector<Item>> parts_items = split(c, items, threads);
   std::vector<Part> parts(threads);
+  std::deque<Scratch>& scratch = scratch_of_caller(threads);
   std::vector<std::vector<float>> rows(threads, std::vector<float>(z.v_padded));
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int64_t t = 0; t < threads; t++)
-    run_part(c, z, parts_items[t], parts[t], scratch_of_thread());
+    run_part(c, z, parts_items[t], parts[t], scratch[t]);
   for (const Part& part : parts)
     if (part.failed) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int64_t t = 0; t < threads; t++)
     merge(c, z, parts, c.n_queries * t / threads, c.n_queries * (t + 1) / threads, rows[t].data());
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
-  for (int64_t t = 0; t < threads; t++) scratch_of_thread().trim();
+  for (Scratch& used : scratch) used.trim();
   return 0;
 }
 
