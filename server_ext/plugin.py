@@ -1,11 +1,13 @@
 """SGLang's plugin entry point (`sglang.srt.plugins`): what the server changes in its processes.
 
+attention/registry.py  the attention backend `ibtree_cpu`
 cache/plugin.py        the radix backend `ibtree`, its messages, branches that join decode steps
 engine/sampler_cpu.py  sampling without sorting the vocabulary
 """
 
 from __future__ import annotations
 
+from server_ext.attention import registry as attention
 from server_ext.cache import plugin as cache
 
 
@@ -13,6 +15,7 @@ def register() -> None:
     """Registers everything; SGLang calls it in every process that may need it, and logs and
     swallows what goes wrong here: the radix backend checks that it did not (cache/plugin.py)."""
     register_sampler()
+    attention.register()
     cache.register()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ibtree.errors import FieldError
+from server_ext.attention import registry
 from server_ext.engine import cpu
 
 
@@ -19,6 +20,7 @@ def server_arguments(
     """
     from sglang.srt.server_args import prepare_server_args
 
+    registry.add_choice()  # SGLang loads plugins only after it has read its arguments
     ours = [f"--model-path={model}", f"--dtype={dtype}", "--weight-version=0", "--page-size=1"]
     ours += [f"--radix-cache-backend={backend}"]
     quiet = ["--log-level=error", "--skip-server-warmup"]

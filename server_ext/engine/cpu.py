@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 
 import ibtpo_torchvision
 from ibtree.errors import FieldError
+from server_ext.attention.names import ATTENTION_BACKEND
 
 ENGINE_VARIABLE = "SGLANG_USE_CPU_ENGINE"
 
 SERVER_ARGUMENTS = [
     "--device=cpu",
-    "--attention-backend=torch_native",
+    f"--attention-backend={ATTENTION_BACKEND}",
     "--grammar-backend=none",
     "--disable-overlap-schedule",
     "--mem-fraction-static=0.3",
@@ -73,6 +74,7 @@ def select() -> None:
     """Chooses the CPU engine for this process and its children."""
     os.environ[ENGINE_VARIABLE] = "1"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: slots lie all over the KV pool
     install()
 
 

@@ -1,0 +1,142 @@
+"""`make bench-engine`: what the engine's parts give. So far: attention, on the CPU.
+
+All arms in one process, one after another in turn; figures are medians of the rounds' ratios, so
+that whatever else the machine does hits all arms. Shapes and pool are those of Qwen2.5-0.5B
+(attention_batches.py): every arm goes through all layers, whose pool is larger than any cache.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import server_ext.engine.cpu  # isort: skip
+
+server_ext.engine.cpu.select()  # before torch: what the engine's processes have
+
+import numpy as np
+import torch
+from attention_batches import DIM, HEADS, KV_HEADS, Batch, Pool, alone, trees
+from figures import show
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+from server_ext.attention import paged
+from server_ext.attention.plan import Plan, decode_queries, forest, unshared
+
+OUT = Path(__file__).parent / "out" / "engine.json"
+SLOTS = 65_536
+TOKEN_BYTES = 2 * KV_HEADS * DIM * 2  # of a layer's keys and values
+
+Arm = Callable[[], object]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    pool = Pool(SLOTS)
+    show("attention, CPU", {**alone_figures(pool), **tree_figures(pool)}, OUT)
+
+
+def alone_figures(pool: Pool) -> dict[str, float]:
+    """Sequences that share nothing, at random slots."""
+    many, one = alone(pool, 32, 300), alone(pool, 1, 300)
+    ours = rounds({"ours": kernel(pool, many), "read": plain_read(pool, many.tokens)}, 30)
+    both = rounds({"ours": kernel(pool, many), "native": native(pool, many)}, 5)
+    single = rounds({"ours": kernel(pool, one), "native": native(pool, one)}, 10)
+    layers = len(pool.k)
+    return {
+        "decode_speedup": ratio(both, "native", "ours"),
+        "plain_attention_ratio": ratio(single, "native", "ours"),
+        "bandwidth_share": ratio(ours, "read", "ours"),
+        "decode_ms_per_layer": 1e3 * statistics.median(ours["ours"]) / layers,
+        "read_gb_per_s": 1e-9
+        * layers
+        * many.tokens
+        * TOKEN_BYTES
+        / statistics.median(ours["read"]),
+    }
+
+
+def tree_figures(pool: Pool) -> dict[str, float]:
+    """Rollouts of trees: the same kernel with and without sharing."""
+    batch = trees(pool, number=8, in_flight=8, prompt=512)
+    plan = forest(batch.table, batch.rows, batch.lengths)
+    arms = {
+        "shared": kernel(pool, batch, plan),
+        "alone": kernel(pool, batch),
+        "plan": lambda: forest(batch.table, batch.rows, batch.lengths),
+    }
+    found = rounds(arms, 20)
+    limit = batch.tokens / batch.unique_tokens
+    speedup = ratio(found, "alone", "shared")
+    return {
+        "tree_speedup": speedup,
+        "tree_speedup_limit": limit,
+        "tree_speedup_share": speedup / limit,
+        "tree_ms_per_layer": 1e3 * statistics.median(found["shared"]) / len(pool.k),
+        "tree_plan_ms": 1e3 * statistics.median(found["plan"]),
+    }
+
+
+def kernel(pool: Pool, batch: Batch, plan: Plan | None = None) -> Arm:
+    plan = plan or unshared(batch.rows)
+    queries = decode_queries(plan, batch.lengths)
+    q = torch.randn(len(batch.rows), HEADS, DIM).bfloat16()
+    out = torch.empty_like(q)
+
+    def run() -> None:
+        for k, v in zip(pool.k, pool.v, strict=True):
+            paged.attend(q, k, v, out, batch.table, plan, queries, DIM**-0.5)
+
+    return run
+
+
+def native(pool: Pool, batch: Batch) -> Arm:
+    """SGLang's torch_native."""
+    backend = TorchNativeAttnBackend.__new__(TorchNativeAttnBackend)
+    rows, lengths = torch.from_numpy(batch.rows), torch.from_numpy(batch.lengths)
+    q = torch.randn(len(batch.rows), HEADS, DIM).bfloat16()
+    out = torch.empty_like(q)
+
+    def run() -> None:
+        for k, v in zip(pool.k, pool.v, strict=True):
+            backend._run_sdpa_forward_decode(
+                q, out, k, v, batch.table, rows, lengths, scaling=DIM**-0.5, enable_gqa=True
+            )
+
+    return run
+
+
+def plain_read(pool: Pool, tokens: int) -> Arm:
+    """As many bytes of each layer, in order, by a sum of integers; other ones each time."""
+    numbers = tokens * TOKEN_BYTES // 2 // 8
+    flat = [x.view(-1).view(torch.int64) for kv in zip(pool.k, pool.v, strict=True) for x in kv]
+    starts = np.random.default_rng(2)
+
+    def run() -> None:
+        start = int(starts.integers(len(flat[0]) - numbers))
+        for x in flat:
+            x[start : start + numbers].sum()
+
+    return run
+
+
+def rounds(arms: dict[str, Arm], number: int) -> dict[str, list[float]]:
+    """Seconds of each arm in each round, after one that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(number + 1):
+        for name, arm in arms.items():
+            start = time.perf_counter()
+            arm()
+            found[name].append(time.perf_counter() - start)
+    return {name: seconds[1:] for name, seconds in found.items()}
+
+
+def ratio(found: dict[str, list[float]], above: str, below: str) -> float:
+    return statistics.median(a / b for a, b in zip(found[above], found[below], strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
