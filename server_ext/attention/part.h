@@ -69,13 +69,14 @@ void pack_queries(const Call& c, const Sizes& z, Part& part) {
   }
 }
 
-template <class Kind>
+template <class Kind, class Number>
 struct Worker {
   const Call& c;
   const Sizes& z;
   Part& part;
   float *keys, *values, *scores;
   float scale, cap;
+  Rows value_rows{};  // of this block, while they are not packed
 
   // One block's keys and values, packed, for the rows [from, from + ROWS) of a KV head. `all`: every
   // key is visible to every row.
@@ -101,7 +102,7 @@ struct Worker {
                       scores, BLOCK, nullptr, padded, next);
     float rescale[ROWS];
     for (int r = 0; r < ROWS; r++) {
-      next.step(8);
+      next.step(16);
       float* row = scores + r * BLOCK;
       if (!all && low[r] >= high[r]) {
         rescale[r] = 1.f;
@@ -115,6 +116,11 @@ struct Worker {
       float &maximum = part.maximum[base + r], &sum = part.sum[base + r];
       rescale[r] = vectors == FULL ? softmax<Kind, FULL>(row, FULL, to_powers, maximum, sum)
                                    : softmax<Kind, 0>(row, vectors, to_powers, maximum, sum);
+    }
+    if (value_rows.n) {  // as late as that, so that they have come from memory
+      pack_values<Kind, Number>(value_rows, static_cast<int>(c.v_dim),
+                                static_cast<int>(z.v_padded), values);
+      value_rows.n = 0;
     }
     tiles<Kind, ROWS>(values, z.v_padded, scores, BLOCK, (n + Kind::WIDTH - 1) / Kind::WIDTH,
                       part.values + base * z.v_padded, z.v_padded, rescale, z.v_padded, next);
@@ -157,14 +163,12 @@ struct Worker {
     return n;
   }
 
-  template <class Number>
   Rows rows_of(const void* pool, int64_t slot, int64_t head, int64_t h, const int64_t* slots,
                int n) const {
     const char* base = static_cast<const char*>(pool) + h * head * sizeof(Number);
     return {base, slot * static_cast<int64_t>(sizeof(Number)), slots, n};
   }
 
-  template <class Number>
   void work(const std::vector<Item>& items) {
     Prefetch next(c, items);
     next.read(0, items[0].end - items[0].begin < BLOCK ? items[0].end - items[0].begin : BLOCK);
@@ -177,11 +181,9 @@ struct Worker {
         const int64_t after =
             left > 0 ? left : i + 1 < items.size() ? items[i + 1].end - items[i + 1].begin : 0;
         for (int64_t h = 0; h < c.kv_heads; h++) {
-          pack_keys<Kind, Number>(rows_of<Number>(c.k, c.k_slot, c.k_head, h, slots, n),
+          pack_keys<Kind, Number>(rows_of(c.k, c.k_slot, c.k_head, h, slots, n),
                                   static_cast<int>(c.dim), keys);
-          pack_values<Kind, Number>(rows_of<Number>(c.v, c.v_slot, c.v_head, h, slots, n),
-                                    static_cast<int>(c.v_dim), static_cast<int>(z.v_padded),
-                                    values);
+          value_rows = rows_of(c.v, c.v_slot, c.v_head, h, slots, n);
           all_rows(item, h, begin, n, next);
           if ((h + 1) % next.heads() == 0 || h + 1 == c.kv_heads)
             next.read(n, h + 1 < c.kv_heads ? n : std::min<int64_t>(BLOCK, after));
@@ -220,10 +222,10 @@ void do_part(const Call& c, const Sizes& z, const std::vector<Item>& items, Part
   pack_queries<Kind>(c, z, part);
   float* keys = part.q + q;
   const float scale = c.cap != 0.f ? c.scale / c.cap : c.scale * LOG2E;
-  Worker<Kind> worker{c,    z,
+  Worker<Kind, Number> worker{c,    z,
                       part, keys, keys + packed_keys, keys + packed_keys + packed_values,
                       scale, c.cap * LOG2E};
-  worker.template work<Number>(items);
+  worker.work(items);
 }
 
 void run_part(const Call& c, const Sizes& z, const std::vector<Item>& items, Part& part,
