@@ -50,7 +50,7 @@ class CpuSampler(stock.Sampler):  # type: ignore[misc]
             or stock.SGLANG_RETURN_ORIGINAL_LOGPROB
             or logits_output.next_token_logits.device.type != "cpu"
         ):
-            return super().forward(
+            return super().forward(  # type: ignore[no-any-return]
                 logits_output,
                 sampling_info,
                 return_logprob,
