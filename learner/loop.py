@@ -87,7 +87,7 @@ def _canary(run: Run, fresh: list[TreeLease]) -> Canary | None:
     tolerance = run.config.canary_tolerance
     if not tolerance or not fresh or run.ranks.mesh is not None:  # shards are of no use here
         return None
-    return canary_of(run.trainer.policy, fresh[0].tree, tolerance)
+    return canary_of(run.trainer.policy, fresh[0].tree, tolerance, run.publisher.dtype)
 
 
 def _save(run: Run) -> None:

@@ -31,12 +31,13 @@ from ibtree.errors import FieldError
 from ibtree.messages import Chat, ChatMessage
 
 HERE = Path(__file__).parent
-SYSTEM = (
-    "Solve the problem step by step, in short paragraphs. End with a last line that is "
-    "#### and the number alone, as in: #### 42"
-)
-HUB = "hf:openai/gsm8k:main"
-POLL_S = 2.0
+SYSTEM = """Solve the problem with one short calculation on each line. End with #### and the answer.
+Example:
+Tom has 3 bags of 4 apples and eats 2. How many apples are left?
+Tom has 3 * 4 = 12 apples.
+Then 12 - 2 = 10 are left.
+#### 10"""
+POLL_S = 5.0
 
 
 def learner_line(arguments: argparse.Namespace, server: str) -> list[str]:

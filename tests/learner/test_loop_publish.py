@@ -89,11 +89,27 @@ def test_a_canary_is_what_the_whole_model_gives(model, packed, length):
         logp = torch.log_softmax(policy(input_ids=ids).logits[0], -1)
     if packed:
         enable_packed_attention(policy)
-    canary = canary_of(policy, tree, 0.5)
+    canary = canary_of(policy, tree, 0.5, torch.float32)
     scored = min(length, 8)
     assert canary.token_ids == tuple(ids[0, : 3 + scored].tolist()) and canary.tolerance == 0.5
     want = [float(logp[at - 1, ids[0, at]]) for at in range(3, 3 + scored)]
     assert canary.logprobs == pytest.approx(want, abs=1e-4)
+
+
+def test_a_canary_is_of_the_weights_as_they_are_published(model):
+    """What bfloat16 rounds away is not served: masters moved by less than that give the same."""
+    policy = load_policy(model, CPU, "float32")
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.copy_(weight.bfloat16())
+    tree = Tree(prompt=(1, 2, 3))
+    tree.insert(0, [step_of((4, 5, 6))], 1.0, Finish.STOP)
+    served = canary_of(policy, tree, 0.5, torch.bfloat16).logprobs
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1 + 2**-10)  # half of what would make it round to another number
+    assert canary_of(policy, tree, 0.5, torch.bfloat16).logprobs == served
+    assert canary_of(policy, tree, 0.5, torch.float32).logprobs != pytest.approx(served, abs=1e-4)
 
 
 def test_the_pause_of_a_push_is_in_the_next_steps_row(site, model):

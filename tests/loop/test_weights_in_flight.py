@@ -125,7 +125,7 @@ async def test_a_canary_and_a_rollback_with_trees_in_flight(server: Server) -> N
     async with AsyncClient(server.address, timeout_s=120) as client:
         version = (await client.get_weights()).version + 1
         tree = await client.sample_tree(prompt(0))
-        canary = canary_of(policy(good), tree, 0.01)
+        canary = canary_of(policy(good), tree, 0.01, torch.float32)
         async with growing(client, trees):
             await client.push_weights(*by_manifest(server, good, version, canary))
             other = model_weights(noise=0.3, seed=2)
