@@ -1,12 +1,16 @@
-"""`make bench-engine`: what the engine's parts give. So far: attention, on the CPU.
+"""`make bench-engine [MODEL=DIR]`: what the engine's parts give on a CPU, ours beside SGLang's.
 
-All arms in one process, one after another in turn; figures are medians of the rounds' ratios, so
-that whatever else the machine does hits all arms. Shapes and pool are those of Qwen2.5-0.5B
-(attention_batches.py): every arm goes through all layers, whose pool is larger than any cache.
+Parts can be named on the command line: attention, sampler, decode, growth, arith_growth, demo.
+`decode` and `growth` need MODEL, a real instruct model of about half a billion parameters. Arms
+take turns; figures are medians of the rounds' ratios, so that whatever else the machine does hits
+all arms. Attention has the shapes of Qwen2.5-0.5B (attention_batches.py): every arm goes through
+all layers, whose pool is larger than any cache.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import sys
 import time
@@ -17,14 +21,17 @@ import server_ext.engine.cpu  # isort: skip
 
 server_ext.engine.cpu.select()  # before torch: what the engine's processes have
 
+import engine_figures
 import numpy as np
 import torch
 from attention_batches import DIM, HEADS, KV_HEADS, Batch, Pool, alone, trees
 from figures import show
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from sglang.srt.layers.sampler import top_k_top_p_min_p_sampling_from_probs_torch
 
 from server_ext.attention import paged
 from server_ext.attention.plan import Plan, decode_queries, forest, unshared
+from server_ext.engine.sampler_cpu import Rules, log_normalizer, sample
 
 OUT = Path(__file__).parent / "out" / "engine.json"
 SLOTS = 65_536
@@ -33,10 +40,64 @@ TOKEN_BYTES = 2 * KV_HEADS * DIM * 2  # of a layer's keys and values
 Arm = Callable[[], object]
 
 
+VOCABULARY = 151_936
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    model = os.environ.get("MODEL", "")
+    parts: dict[str, Callable[[], dict[str, float]]] = {
+        "attention": attention,
+        "sampler": sampler,
+        "arith_growth": engine_figures.arith_growth,
+        "demo": engine_figures.demo,
+    }
+    if model:
+        parts["decode"] = lambda: engine_figures.decode(Path(model))
+        parts["growth"] = lambda: engine_figures.growth(Path(model))
+    wanted = sys.argv[1:] or list(parts)
+    if unknown := sorted(set(wanted) - set(parts)):
+        sys.exit(f"bench-engine: no part {unknown[0]}; {', '.join(parts)} (with MODEL=DIR all)")
+    figures: dict[str, float] = json.loads(OUT.read_text()) if OUT.exists() else {}
+    for name in wanted:
+        figures |= parts[name]()
+        show("engine, CPU", figures, OUT)
+    if not model and not sys.argv[1:]:
+        print("decode and growth left out: they need MODEL=DIR, the folder of an instruct model")
+
+
+def attention() -> dict[str, float]:
     pool = Pool(SLOTS)
-    show("attention, CPU", {**alone_figures(pool), **tree_figures(pool)}, OUT)
+    return {**alone_figures(pool), **tree_figures(pool)}
+
+
+def sampler() -> dict[str, float]:
+    """A step's sampling with its log-probabilities: 32 rows, top-p 0.95, top-k 20."""
+    rows = 32
+    logits = 3 * torch.randn(rows, VOCABULARY)
+    rules = Rules(
+        torch.full((rows,), 20, dtype=torch.int32), torch.full((rows,), 0.95), torch.zeros(rows)
+    )
+
+    def ours() -> None:
+        scaled = logits / 0.7
+        normalizer = log_normalizer(scaled)
+        tokens = sample(scaled, normalizer, rules)
+        scaled.gather(1, tokens.long().view(-1, 1)).sub_(normalizer)
+
+    def stock() -> None:
+        scaled = logits / 0.7
+        scaled[:] = torch.softmax(scaled, dim=-1)
+        tokens = top_k_top_p_min_p_sampling_from_probs_torch(
+            scaled, rules.top_k, rules.top_p, rules.min_p, False, None, torch.zeros(rows)
+        )
+        torch.log(scaled).gather(1, tokens.long().view(-1, 1))
+
+    found = rounds({"ours": ours, "stock": stock}, 7)
+    return {
+        "sampler_speedup": ratio(found, "stock", "ours"),
+        "sampler_ms": 1e3 * statistics.median(found["ours"]),
+    }
 
 
 def alone_figures(pool: Pool) -> dict[str, float]:
