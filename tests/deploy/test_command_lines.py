@@ -42,8 +42,8 @@ SGLANG = """
 import json, sys
 import server_ext.engine.cpu as cpu
 cpu.select()
-from sglang.srt.server_args import prepare_server_args
-arguments = prepare_server_args([*cpu.SERVER_ARGUMENTS, *sys.argv[1:]])
+from server_ext.engine.arguments import server_arguments
+arguments = server_arguments(sys.argv[1], "cpu", "float32", "ibtree", sys.argv[2:])
 print(json.dumps({"max_total_tokens": arguments.max_total_tokens, "device": arguments.device}))
 """
 TINY = {
@@ -237,7 +237,7 @@ def test_sglang_takes_its_arguments(tmp_path):
     assert arguments
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     run = subprocess.run(
-        [sys.executable, "-c", SGLANG, f"--model-path={tmp_path}", *arguments],
+        [sys.executable, "-c", SGLANG, str(tmp_path), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
