@@ -77,7 +77,8 @@ class Settings(BaseSettings):
             _check_file(Path(path))
         token = _file.set(Path(path) if path else None)
         try:
-            settings = cls(_cli_parse_args=argv, _cli_prog_name=prog)  # type: ignore[call-arg]
+            line = _whole_lines(argv)
+            settings = cls(_cli_parse_args=line, _cli_prog_name=prog)  # type: ignore[call-arg]
         finally:
             _file.reset(token)
         if settings.print_config:
@@ -102,6 +103,16 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"--config: {path} is not YAML: {error}") from error
     if not isinstance(content or {}, dict):
         raise ValueError(f"--config: {path} holds no settings; allowed: lines of `name: value`")
+
+
+def _whole_lines(argv: list[str]) -> list[str]:
+    """The arguments, with a value of several lines as an argument of its own: of `--name=value`
+    pydantic-settings 2.16 keeps the first line alone."""
+    line: list[str] = []
+    for word in argv:
+        name, _, value = word.partition("=")
+        line += [name, value] if word.startswith("--") and "\n" in value else [word]
+    return line
 
 
 def _config_path(argv: list[str]) -> str | None:

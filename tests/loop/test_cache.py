@@ -104,3 +104,28 @@ def test_metrics_of_the_cache(server: Server) -> None:
     assert found["ibtpo_cache_ranks_agree"] == 1
     assert found["ibtpo_cache_capacity_tokens"] > 0
     assert found["ibtpo_cache_protected_tokens"] >= 0
+
+
+async def test_branches_begin_with_a_decode_step(server: Server) -> None:
+    """While others run; each would stop them for a prefill pass of one token."""
+    trees = 16
+    async with AsyncClient(server.address) as client:
+        before = await client.cache_state()
+        grown = await asyncio.gather(*(client.sample_tree(prompt(i % 8)) for i in range(trees)))
+        after = await client.cache_state()
+    branches = trees * 8
+    assert all(tree.trajectories == 12 for tree in grown)
+    assert after.joined_requests - before.joined_requests > branches / 2
+    assert after.prefill_passes - before.prefill_passes < branches / 2
+    gaps = await _audited(server)
+    assert gaps <= 1e-5
+
+
+async def _audited(server: Server) -> float:
+    """Largest difference between cached and computed while trees grow [nats]."""
+    async with AsyncClient(server.address) as client:
+        growing = [asyncio.create_task(client.sample_tree(prompt(i))) for i in range(8)]
+        audit = await client.audit_cache(16)
+        await asyncio.gather(*growing)
+    assert audit.stale_tokens == 0
+    return audit.max_difference

@@ -35,7 +35,7 @@ def alone(server) -> Iterator[None]:
 class Stock:
     """`python -m sglang.launch_server` with the backend, over HTTP."""
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, *more: str, **environment: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -45,7 +45,7 @@ class Stock:
         path = f"{STOCK}{os.pathsep}{Path.cwd()}"
         variables = {"PYTHONPATH": path, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         env = ["env", *(f"{k}={v}" for k, v in (variables | environment).items())]
-        self.process = Process([*env, *command, "--dtype=float32"], self.log)
+        self.process = Process([*env, *command, "--dtype=float32", *more], self.log)
 
     def post(self, path: str, **body: Any) -> Any:
         request = urllib.request.Request(
@@ -100,7 +100,8 @@ def test_stock_server(alone, tmp_path):
 
 
 def test_a_plugin_that_did_not_load_fails_the_start(alone, tmp_path):
-    stock = Stock(tmp_path, SGLANG_PLUGINS="another")
+    # the attention backend would not be known either, and is asked for first
+    stock = Stock(tmp_path, "--attention-backend=torch_native", SGLANG_PLUGINS="another")
     try:
         with pytest.raises(AssertionError):
             stock.wait()

@@ -200,3 +200,12 @@ def test_no_bound_can_be_said_over_a_file_that_has_one(tmp_path, word):
     argv = ["--model", "m", "--prompts", "p", *yaml_file(tmp_path, "max_staleness: 3\n")]
     assert LearnerConfig.load("prog", argv).max_staleness == 3
     assert LearnerConfig.load("prog", [*argv, f"--max-staleness={word}"]).max_staleness is None
+
+
+@pytest.mark.parametrize("text", ["one\ntwo = 2\n", "\n", "a\n--lr=3", "- a list\n- of two"])
+def test_a_text_of_several_lines_arrives_whole(text):
+    for words in ([f"--system-prompt={text}"], ["--system-prompt", text]):
+        config = LearnerConfig.resolve("p", ["--model=m", "--prompts=p", *words])
+        assert (
+            config.system_prompt == text and config.lr == LearnerConfig.model_fields["lr"].default
+        )
