@@ -35,17 +35,18 @@ def alone(server) -> Iterator[None]:
 class Stock:
     """`python -m sglang.launch_server` with the backend, over HTTP."""
 
-    def __init__(self, folder: Path, *more: str, **environment: str) -> None:
+    def __init__(self, folder: Path, attention: str = "ibtree_cpu", **environment: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         arguments = ["--radix-cache-backend=ibtree", f"--model-path={MODEL}", f"--port={self.port}"]
+        of_cpu = [word.replace("ibtree_cpu", attention) for word in SERVER_ARGUMENTS]
         self.log = folder / "stock.log"
-        command = [sys.executable, "-m", "sglang.launch_server", *arguments, *SERVER_ARGUMENTS]
+        command = [sys.executable, "-m", "sglang.launch_server", *arguments, *of_cpu]
         path = f"{STOCK}{os.pathsep}{Path.cwd()}"
         variables = {"PYTHONPATH": path, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         env = ["env", *(f"{k}={v}" for k, v in (variables | environment).items())]
-        self.process = Process([*env, *command, "--dtype=float32", *more], self.log)
+        self.process = Process([*env, *command, "--dtype=float32"], self.log)
 
     def post(self, path: str, **body: Any) -> Any:
         request = urllib.request.Request(
@@ -101,7 +102,7 @@ def test_stock_server(alone, tmp_path):
 
 def test_a_plugin_that_did_not_load_fails_the_start(alone, tmp_path):
     # the attention backend would not be known either, and is asked for first
-    stock = Stock(tmp_path, "--attention-backend=torch_native", SGLANG_PLUGINS="another")
+    stock = Stock(tmp_path, "torch_native", SGLANG_PLUGINS="another")
     try:
         with pytest.raises(AssertionError):
             stock.wait()
