@@ -42,7 +42,8 @@ POLL_S = 5.0
 
 def learner_line(arguments: argparse.Namespace, server: str) -> list[str]:
     out, settings = arguments.out, arguments.settings
-    line = command(
+    steps = [f"--steps={arguments.steps}"] if arguments.steps else []
+    return command(
         "ibtpo-learner",
         f"--config={settings / 'learner.yaml'}",
         f"--server={server}",
@@ -51,18 +52,21 @@ def learner_line(arguments: argparse.Namespace, server: str) -> list[str]:
         f"--eval-prompts={out / 'held_out.jsonl'}",
         f"--system-prompt={SYSTEM}",
         f"--out-dir={out / 'learner'}",
+        *steps,
     )
-    return [*line, *(f"--steps={arguments.steps}" for _ in [0] if arguments.steps)]
 
 
 def server_line(arguments: argparse.Namespace) -> list[str]:
+    settings = yaml.safe_load((arguments.settings / "server.yaml").read_text())
+    # of the KV pool: room for 64 contexts of 512 tokens, where memory is the learner's, too
+    pool = ["--", "--max-total-tokens=32768"] if settings["device"] == "cpu" else []
     return command(
         "ibtpo-server",
         f"--config={arguments.settings / 'server.yaml'}",
         f"--model={arguments.model}",
         f"--data-dir={arguments.out / 'server'}",
         *("--port=0", "--health-port=0", "--web-port=0"),
-        *(["--", "--max-total-tokens=32768"] if "cpu" in arguments.settings.name else []),
+        *pool,
     )
 
 
