@@ -74,6 +74,8 @@ def select() -> None:
     """Chooses the CPU engine for this process and its children."""
     os.environ[ENGINE_VARIABLE] = "1"
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+    # with a CUDA build of torch, SGLang would open NCCL for the ranks of --tp-size on the CPU
+    os.environ.setdefault("SGLANG_NCCL_SO_PATH", "none on a CPU")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: slots lie all over the KV pool
     install()
 
