@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from arm_process import ArmProcess
 from figures import show
 
 HERE = Path(__file__).parent
@@ -28,8 +28,8 @@ TREES = 64
 CACHES = ("ibtree", "default")
 
 
-class Arm:
-    """A process of radix_arm.py; commands are answered in order."""
+class Arm(ArmProcess):
+    """A process of radix_arm.py."""
 
     def __init__(
         self,
@@ -49,38 +49,7 @@ class Arm:
                 *arguments,
             ],
         }
-        OUT.parent.mkdir(exist_ok=True)
-        self._log = (HERE / "out" / f"radix-{radix_cache}.log").open("w")
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "radix_arm.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-
-    def __enter__(self) -> Self:
-        self._answer("READY")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        finally:
-            self._process.kill()
-            self._log.close()
-
-    def __call__(self, do: str, **arguments: Any) -> dict[str, float]:
-        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._answer("RESULT "))
-
-    def _answer(self, word: str) -> str:
-        for line in self._process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word)
-        raise SystemExit(f"an engine ended; see {self._log.name}")
+        super().__init__("radix_arm.py", settings, f"radix-{radix_cache}.log")
 
 
 class Pair:

@@ -243,7 +243,6 @@ def word_problem(rng: random.Random) -> Any:
 
 async def main() -> None:
     settings = json.loads(sys.argv[1])
-    os.environ["OMP_NUM_THREADS"] = str(settings["threads"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     arm = Arm(settings)
     try:

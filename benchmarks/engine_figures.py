@@ -13,66 +13,29 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-HERE = Path(__file__).parent
-ARITH = HERE.parent / "examples" / "arith" / "model"
+from arm_process import ArmProcess
+
+ARITH = Path(__file__).parents[1] / "examples" / "arith" / "model"
 Figures = dict[str, float]
 
 
-class Arm:
-    """A process of engine_arm.py; commands are answered in order."""
+class Arm(ArmProcess):
+    """A process of engine_arm.py; `stock`: with SGLang's own attention and sampler."""
 
-    def __init__(
-        self, model: Path, dtype: str, pool_tokens: int, *, stock: bool = False, name: str = "ours"
-    ) -> None:
+    def __init__(self, model: Path, dtype: str, pool_tokens: int, *, stock: bool = False) -> None:
         settings = {
             "model": str(model),
             "dtype": dtype,
             "stock": stock,
-            "threads": 1,
             "arguments": [f"--max-total-tokens={pool_tokens}"],
         }
-        (HERE / "out").mkdir(exist_ok=True)
-        self._log = (HERE / "out" / f"engine-{name}.log").open("w")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         if stock:
             environment["IBTPO_BENCH_STOCK"] = "1"
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "engine_arm.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=environment,
-        )
-
-    def __enter__(self) -> Self:
-        self._answer("READY")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        finally:
-            self._process.kill()
-            self._log.close()
-
-    def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin
-        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self._process.stdin.flush()
-        result: dict[str, Any] = json.loads(self._answer("RESULT "))
-        return result
-
-    def _answer(self, word: str) -> str:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word)
-        raise SystemExit(f"an engine ended; see {self._log.name}")
+        log = "engine-stock.log" if stock else "engine-ours.log"
+        super().__init__("engine_arm.py", settings, log, environment)
 
 
 def decode(model: Path) -> Figures:
@@ -80,7 +43,7 @@ def decode(model: Path) -> Figures:
     figures = {}
     with ExitStack() as stack:
         ours = stack.enter_context(Arm(model, "bfloat16", 65_536))
-        stock = stack.enter_context(Arm(model, "bfloat16", 65_536, stock=True, name="stock"))
+        stock = stack.enter_context(Arm(model, "bfloat16", 65_536, stock=True))
         for rollouts, tokens, suffix in ((32, 32, ""), (128, 16, "_128")):
             work = {"rollouts": rollouts, "prompt_tokens": 300, "new_tokens": tokens, "seed": 1}
             pairs = [(ours("decode", **work), stock("decode", **work)) for _ in range(3)]
