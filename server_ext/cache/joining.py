@@ -8,6 +8,8 @@ SGLang itself, is put before the rows of the decode batch instead, as its mixed 
 
     waiting --admitted: prefill batch--> all of its requests have one token left, and others run?
                 yes: one decode step for both       no: a prefill pass, as before
+
+Only without SGLang's overlap schedule, which is a GPU's default: there it was never run.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ def _can_join(scheduler: Any, new: Any, running: Any) -> bool:
     return (
         new.forward_mode.is_extend_without_speculative()
         and not new.forward_mode.is_mixed()
+        and not scheduler.enable_overlap
         and running.spec_algorithm.is_none()
         and scheduler.chunked_req is None
         and new.chunked_req is None
