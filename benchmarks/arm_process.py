@@ -1,12 +1,13 @@
-"""An engine in a process of its own, which answers commands: the other end of radix_arm.py and
-engine_arm.py."""
+"""An engine in a process of its own, which answers commands as JSON lines: both ends of it."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,3 +60,20 @@ class ArmProcess:
             if line.startswith(word):
                 return line.removeprefix(word)
         raise SystemExit(f"an engine ended; see {self._log.name}")
+
+
+async def answer_commands(make: Callable[[], Any], start: Callable[[Any], Awaitable[None]]) -> None:
+    """The process's end: after `start` of the arm made, each line of standard input names one of
+    its methods and the arguments, and is answered with what it returns; at the end its engine is
+    shut down."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the engine's processes inherit it
+    arm = make()
+    try:
+        await start(arm)
+        print("READY", flush=True)
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            command = json.loads(line)
+            result = await getattr(arm, command.pop("do"))(**command)
+            print("RESULT " + json.dumps(result), flush=True)
+    finally:
+        arm.engine.shutdown()

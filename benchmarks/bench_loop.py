@@ -144,13 +144,13 @@ class Lag:
         return ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
 
 
-def forest_of(tokenizer: Tokenizer, engine: RecordedEngine, most: int, new_tokens: int) -> Forest:
-    defaults = TreeOptions(sampling=SamplingOptions(max_new_tokens=new_tokens))
+def forest_of(tokenizer: Tokenizer, engine: Any, most: int, defaults: TreeOptions) -> Forest:
+    """On any engine: trees are opened until `most` rollouts are in flight."""
     return Forest(
-        engine,  # type: ignore[arg-type]
+        engine,
         tokenizer,
         Graders({"coin": CoinGrader()}),
-        model_id="recorded",
+        model_id="",
         defaults=defaults,
         default_grader="coin",
         limits=Limits(),
@@ -162,6 +162,10 @@ def forest_of(tokenizer: Tokenizer, engine: RecordedEngine, most: int, new_token
     )
 
 
+def at_most(new_tokens: int) -> TreeOptions:
+    return TreeOptions(sampling=SamplingOptions(max_new_tokens=new_tokens))
+
+
 async def under_load(
     tokenizer: Tokenizer, recorded: Sequence[int], folder: Path
 ) -> dict[str, float]:
@@ -169,7 +173,7 @@ async def under_load(
     keep_message_memory()
     settle()
     engine = RecordedEngine(recorded, 4.0)
-    forest = forest_of(tokenizer, engine, 1024, 2048)
+    forest = forest_of(tokenizer, engine, 1024, at_most(2048))
     journal = JournalThread(partial(Journal, folder / "journal.sqlite"))
     producer = Producer(
         journal, forest, lambda data: prompt_from_bytes(data, forest.defaults), tree_to_bytes
@@ -236,7 +240,7 @@ async def in_flight(
 ) -> dict[str, float]:
     """The paper's shape; the engine holds 64 rollouts, 256 trees are queued."""
     most = 64
-    forest = forest_of(tokenizer, RecordedEngine(recorded, 0.5), most, 512)
+    forest = forest_of(tokenizer, RecordedEngine(recorded, 0.5), most, at_most(512))
     journal = JournalThread(partial(Journal, folder / "queue.sqlite"))
     producer = Producer(
         journal, forest, lambda data: prompt_from_bytes(data, forest.defaults), tree_to_bytes

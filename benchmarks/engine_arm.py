@@ -12,13 +12,14 @@ import asyncio
 import json
 import os
 import random
-import resource
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from arm_process import answer_commands
 
 STOCK = "IBTPO_BENCH_STOCK"
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "top_k": 20}
@@ -115,7 +116,7 @@ class Arm:
         moment when so many were first in flight and the start of the last queued prompt, the
         generated tokens a second between them, and the requests' lengths, for `replay`.
         """
-        from bench_loop import CoinGrader
+        from bench_loop import forest_of
 
         from ibtree.messages import Prompt
         from ibtree.tree.options import SamplingOptions, TreeOptions
@@ -124,9 +125,6 @@ class Arm:
         from server_ext.queue.journal import Journal
         from server_ext.queue.journal_thread import JournalThread
         from server_ext.queue.producer import Producer
-        from server_ext.rewards.base import Graders
-        from server_ext.trees.forest import Forest
-        from server_ext.trees.limits import Limits
 
         sampling = SamplingOptions(max_new_tokens=new_tokens, **SAMPLING)
         first, rounds = (4, 9) if strategy == "ib" else (8, 1)
@@ -137,20 +135,7 @@ class Arm:
             init_rollouts=first,
             rounds=rounds,
         )
-        forest = Forest(
-            self.engine,
-            self.tokenizer,
-            Graders({"coin": CoinGrader()}),
-            model_id="",
-            defaults=options,
-            default_grader="coin",
-            limits=Limits(),
-            max_open_trees=0,
-            max_calls=64,
-            max_waiting_calls=0,
-            max_rollouts=limit,
-            cache_tokens=None,
-        )
+        forest = forest_of(self.tokenizer, self.engine, limit, options)
         self.spans.clear()
         passes = await self.engine.trees.state()
         rng = random.Random(seed)
@@ -242,18 +227,7 @@ def word_problem(rng: random.Random) -> Any:
 
 
 async def main() -> None:
-    settings = json.loads(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    arm = Arm(settings)
-    try:
-        await arm.start()
-        print("READY", flush=True)
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            command = json.loads(line)
-            result = await getattr(arm, command.pop("do"))(**command)
-            print("RESULT " + json.dumps(result), flush=True)
-    finally:
-        arm.engine.shutdown()
+    await answer_commands(lambda: Arm(json.loads(sys.argv[1])), Arm.start)
 
 
 if __name__ == "__main__":

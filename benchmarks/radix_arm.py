@@ -12,13 +12,13 @@ import dataclasses
 import json
 import os
 import random
-import resource
 import sys
 import time
 import zlib
 from pathlib import Path
 from typing import Any
 
+from arm_process import answer_commands
 from forest_on import forest_on
 
 MODEL = Path(__file__).parents[1] / "examples" / "arith" / "model"
@@ -297,17 +297,10 @@ def _rss_mb() -> float:
 async def main() -> None:
     settings = json.loads(sys.argv[1])
     os.environ["OMP_NUM_THREADS"] = str(settings.get("threads", 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    arm = Arm(settings["model"], settings["radix_cache"], settings["arguments"])
-    try:
-        await arm.start(settings["admission"])
-        print("READY", flush=True)
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            command = json.loads(line)
-            result = await getattr(arm, command.pop("do"))(**command)
-            print("RESULT " + json.dumps(result), flush=True)
-    finally:
-        arm.engine.shutdown()
+    await answer_commands(
+        lambda: Arm(settings["model"], settings["radix_cache"], settings["arguments"]),
+        lambda arm: arm.start(settings["admission"]),
+    )
 
 
 if __name__ == "__main__":

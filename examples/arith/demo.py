@@ -136,7 +136,7 @@ def demo(out: Path, steps: int, compare: bool) -> None:
     runs = [Run("IB-TPO", rows)]
     if compare:
         runs.append(Run("GRPO", grpo(out, rows)))
-    summary = summarise(runs[0], seconds)
+    summary = runs[0].summary() | {"seconds": seconds}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_report(out / "report.html", runs, tree, texts, held_out[0].prompt, summary)
     print_table(runs, seconds)
@@ -166,25 +166,6 @@ def grpo(out: Path, ib_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         )
 
 
-def summarise(run: Run, seconds: float) -> dict[str, Any]:
-    steps = [row for row in run.rows if row["kind"] == "step"]
-    evals = [row for row in run.rows if row["kind"] == "eval"]
-    gaps = [row["log_prob_gap_mean"] for row in steps if row["log_prob_gap_mean"] is not None]
-    return {
-        "accuracy_before": evals[0]["accuracy"],
-        "accuracy_after": evals[-1]["accuracy"],
-        "accuracy_after_low": evals[-1]["accuracy_low"],
-        "accuracy_after_high": evals[-1]["accuracy_high"],
-        "problems": evals[-1]["problems"],
-        "seconds": seconds,
-        "steps": len(steps),
-        "eff_rate": sum(row["eff_rate"] for row in steps) / len(steps),
-        "generated_tokens": steps[-1]["tokens"],
-        "log_prob_gap_mean": sum(gaps) / len(gaps),
-        "log_prob_gap_worst_step": max(gaps),
-    }
-
-
 def print_table(runs: list[Run], seconds: float) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -193,7 +174,7 @@ def print_table(runs: list[Run], seconds: float) -> None:
     for column in ("", "before", "after (95 %)", "eff_rate", "tokens", "seconds"):
         table.add_column(column, justify="right" if column else "left")
     for run in runs:
-        s = summarise(run, run.rows[-1]["at_s"])
+        s = run.summary() | {"seconds": run.rows[-1]["at_s"]}
         interval = f"[{s['accuracy_after_low']:.3f}, {s['accuracy_after_high']:.3f}]"
         table.add_row(
             run.name,

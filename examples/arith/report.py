@@ -24,6 +24,23 @@ class Run:
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == kind]
 
+    def summary(self) -> dict[str, Any]:
+        """Accuracy before and after, and means over the steps; None for a gap never measured."""
+        steps, evals = self.of("step"), self.of("eval")
+        gaps = [row["log_prob_gap_mean"] for row in steps if row["log_prob_gap_mean"] is not None]
+        return {
+            "accuracy_before": evals[0]["accuracy"],
+            "accuracy_after": evals[-1]["accuracy"],
+            "accuracy_after_low": evals[-1]["accuracy_low"],
+            "accuracy_after_high": evals[-1]["accuracy_high"],
+            "problems": evals[-1]["problems"],
+            "steps": len(steps),
+            "eff_rate": sum(row["eff_rate"] for row in steps) / len(steps),
+            "generated_tokens": steps[-1]["tokens"],
+            "log_prob_gap_mean": sum(gaps) / len(gaps) if gaps else None,
+            "log_prob_gap_worst_step": max(gaps, default=None),
+        }
+
 
 @dataclass
 class Series:

@@ -170,29 +170,14 @@ def sample_tree(target: str, problem: dict[str, str]) -> tuple[Tree, str]:
     return tree, problem["prompt"]
 
 
-def summarise(rows: list[dict[str, Any]], memory: Memory) -> dict[str, Any]:
-    steps = [row for row in rows if row["kind"] == "step"]
-    evals = [row for row in rows if row["kind"] == "eval"]
-    gaps = [row["log_prob_gap_mean"] for row in steps if row["log_prob_gap_mean"] is not None]
+def summarise(run: Run, memory: Memory) -> dict[str, Any]:
+    steps = run.of("step")
+    phases = [f"seconds_{name}" for name in ("sample", "learn", "publish", "checkpoint")]
     return {
-        "accuracy_before": evals[0]["accuracy"],
-        "accuracy_after": evals[-1]["accuracy"],
-        "accuracy_after_low": evals[-1]["accuracy_low"],
-        "accuracy_after_high": evals[-1]["accuracy_high"],
-        "problems": evals[-1]["problems"],
-        "steps": len(steps),
-        "eff_rate": sum(row["eff_rate"] for row in steps) / len(steps),
+        **run.summary(),
         "steps_per_trajectory": sum(row["steps_per_trajectory"] for row in steps) / len(steps),
-        "generated_tokens": steps[-1]["tokens"],
-        "log_prob_gap_mean": sum(gaps) / len(gaps) if gaps else None,
-        "log_prob_gap_worst_step": max(gaps, default=None),
         "peak_memory_gib": memory.peak_bytes / 2**30,
-        "seconds": sum(
-            value or 0.0
-            for row in steps
-            for name, value in row.items()
-            if name in ("seconds_sample", "seconds_learn", "seconds_publish", "seconds_checkpoint")
-        ),
+        "seconds": sum(row.get(phase) or 0.0 for row in steps for phase in phases),
     }
 
 
@@ -225,10 +210,10 @@ def demo(arguments: argparse.Namespace) -> None:
         Follower(metrics, steps, settings["prompts_per_step"]).until_done(learner, target, memory)
         problem = rows_of(out / "held_out.jsonl")[0]
         tree, prompt = sample_tree(target, problem)
-    rows = rows_of(metrics)
-    summary = summarise(rows, memory)
+    run = Run("IB-TPO", rows_of(metrics))
+    summary = summarise(run, memory)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    write_report(out / "report.html", [Run("IB-TPO", rows)], tree, tree.texts, prompt, summary)
+    write_report(out / "report.html", [run], tree, tree.texts, prompt, summary)
     print_table(summary)
     print(f"\nCurves and a grown tree: {out / 'report.html'}")
 
