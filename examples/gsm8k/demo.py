@@ -28,6 +28,8 @@ from ibtree import Client, Prompt, Tree
 from ibtree.client import RpcFailed
 from ibtree.data.questions import read_questions
 from ibtree.errors import FieldError
+from ibtree.evaluation.accuracy import paired_gain
+from ibtree.evaluation.problems import outcomes_by_content
 from ibtree.messages import Chat, ChatMessage
 
 HERE = Path(__file__).parent
@@ -170,11 +172,26 @@ def sample_tree(target: str, problem: dict[str, str]) -> tuple[Tree, str]:
     return tree, problem["prompt"]
 
 
-def summarise(run: Run, memory: Memory) -> dict[str, Any]:
+def gain_of(evaluations: Path, last_step: int) -> dict[str, float]:
+    """What the held-out problems gained from before the first step to after the last."""
+    before, after = (
+        {key: outcome.mean for key, outcome in outcomes_by_content(path).items()}
+        for path in (evaluations / f"step-{step}.jsonl" for step in (0, last_step))
+    )
+    gain = paired_gain(before, after)
+    return {
+        "accuracy_gain": gain.mean,
+        "accuracy_gain_low": gain.low,
+        "accuracy_gain_high": gain.high,
+    }
+
+
+def summarise(run: Run, memory: Memory, evaluations: Path) -> dict[str, Any]:
     steps = run.of("step")
     phases = [f"seconds_{name}" for name in ("sample", "learn", "publish", "checkpoint")]
     return {
         **run.summary(),
+        **gain_of(evaluations, steps[-1]["step"]),
         "steps_per_trajectory": sum(row["steps_per_trajectory"] for row in steps) / len(steps),
         "peak_memory_gib": memory.peak_bytes / 2**30,
         "seconds": sum(row.get(phase) or 0.0 for row in steps for phase in phases),
@@ -211,7 +228,7 @@ def demo(arguments: argparse.Namespace) -> None:
         problem = rows_of(out / "held_out.jsonl")[0]
         tree, prompt = sample_tree(target, problem)
     run = Run("IB-TPO", rows_of(metrics))
-    summary = summarise(run, memory)
+    summary = summarise(run, memory, out / "learner" / "eval")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_report(out / "report.html", [run], tree, tree.texts, prompt, summary)
     print_table(summary)

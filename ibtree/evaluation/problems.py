@@ -26,9 +26,11 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked, and a key that is the same whenever the same is asked of the same weights."""
+    """What is asked, and a key that is the same whenever the same is asked of the same weights;
+    `content` is the same whatever the weights and however it is sampled."""
 
     key: str
+    content: str
     prompt: Prompt
 
 
@@ -50,11 +52,17 @@ def problems_of(
     for prompt in prompts:
         content = asdict(prompt.content) if isinstance(prompt.content, Chat) else prompt.content
         what = json.dumps([content, prompt.answer, prompt.grader], sort_keys=True, default=list)
-        whole = f"{setting}{what}{earlier[what]}".encode()
+        numbered = f"{what}{earlier[what]}"
         earlier[what] += 1
-        digest = hashlib.sha256(whole).digest()
+        digest = hashlib.sha256(f"{setting}{numbered}".encode()).digest()
         own = {} if seed is None else {"seed": int.from_bytes(digest[:7])}
-        problems.append(Problem(digest.hex()[:32], replace(prompt, id="", options=asked | own)))
+        problems.append(
+            Problem(
+                digest.hex()[:32],
+                hashlib.sha256(numbered.encode()).hexdigest()[:32],
+                replace(prompt, id="", options=asked | own),
+            )
+        )
     return problems
 
 
@@ -95,20 +103,33 @@ class FinishedProblems:
     def add(self, problem: Problem, outcome: Outcome) -> None:
         """Survives a kill of this process from here on."""
         if self._file:
-            line = json.dumps({"problem": problem.key, **asdict(outcome)})
+            key = {"problem": problem.key, "content": problem.content}
+            line = json.dumps(key | asdict(outcome))
             self._file.write(line.encode() + b"\n")
             self._file.flush()
 
     def _note(self, line: bytes) -> None:
-        try:
-            entry = json.loads(line)
-            low, high = entry["versions"]
-            self._outcomes[entry["problem"]] = Outcome(
-                rewards=tuple(map(float, entry["rewards"])),
-                truncated=int(entry["truncated"]),
-                temperature=float(entry["temperature"]),
-                max_new_tokens=int(entry["max_new_tokens"]),
-                versions=(low, high),
-            )
-        except (ValueError, KeyError, TypeError):  # cut off, or not ours: asked again
-            return
+        if found := _outcome_of(line, "problem"):
+            self._outcomes[found[0]] = found[1]
+
+
+def outcomes_by_content(path: Path) -> dict[str, Outcome]:
+    """The outcomes in the file of an evaluation, by their problems' `content`: what two
+    evaluations, of different weights or settings, are paired by. Raises OSError."""
+    return dict(found for line in path.open("rb") if (found := _outcome_of(line, "content")))
+
+
+def _outcome_of(line: bytes, key: str) -> tuple[str, Outcome] | None:
+    """The outcome of a line and its field `key`; None if it was cut off, or is not ours."""
+    try:
+        entry = json.loads(line)
+        low, high = entry["versions"]
+        return str(entry[key]), Outcome(
+            rewards=tuple(map(float, entry["rewards"])),
+            truncated=int(entry["truncated"]),
+            temperature=float(entry["temperature"]),
+            max_new_tokens=int(entry["max_new_tokens"]),
+            versions=(low, high),
+        )
+    except (ValueError, KeyError, TypeError):
+        return None

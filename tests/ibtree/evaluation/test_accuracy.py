@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from ibtree.evaluation.accuracy import Outcome, accuracy_of, interval, wilson
+from ibtree.evaluation.accuracy import Outcome, accuracy_of, interval, paired_gain, wilson
 
 
 def outcome(*rewards: float, truncated: int = 0) -> Outcome:
@@ -59,3 +59,26 @@ def test_it_covers_the_truth_in_95_of_100_evaluations(samples, right, wrong):
         low, high = interval(means, samples)
         covered += low <= truth <= high
     assert 925 <= covered <= 995
+
+
+def test_a_paired_gain_is_that_of_the_problems_both_have():
+    before = {"a": 0.0, "b": 0.5, "c": 1.0, "gone": 0.0}
+    after = {"a": 0.5, "b": 0.5, "c": 1.0, "new": 1.0}
+    gain = paired_gain(before, after)
+    assert (gain.mean, gain.problems) == (pytest.approx(1 / 6), 3)
+    half = 1.959964 * np.std([0.5, 0.0, 0.0], ddof=1) / np.sqrt(3)
+    assert (gain.low, gain.high) == pytest.approx((1 / 6 - half, 1 / 6 + half))
+    with pytest.raises(ValueError, match="1 problems"):
+        paired_gain({"a": 0.0}, after)
+
+
+def test_a_paired_gain_covers_the_truth_in_95_of_100_evaluations():
+    """Four samples a problem, problems of any difficulty, all of them a tenth easier after."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(2000):
+        chances = 0.9 * rng.beta(0.4, 0.8, 100)
+        before, after = (rng.binomial(4, chances + more) / 4 for more in (0.0, 0.1))
+        gain = paired_gain(dict(enumerate(before)), dict(enumerate(after)))
+        covered += gain.low <= 0.1 <= gain.high
+    assert 0.93 <= covered / 2000 <= 0.97

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from ibtree.errors import FieldError
 from ibtree.evaluation.accuracy import Outcome
-from ibtree.evaluation.problems import FinishedProblems, problems_of
+from ibtree.evaluation.problems import FinishedProblems, outcomes_by_content, problems_of
 from ibtree.messages import Chat, ChatMessage, Prompt
 from ibtree.tree.options import MAX_SEED
 
@@ -81,3 +82,19 @@ def test_other_lines_are_left_alone(tmp_path, line):
     with FinishedProblems(path) as finished:
         assert finished.of(problem) == OUTCOME
     assert path.read_text().startswith(before)
+
+
+def test_two_evaluations_are_paired_by_what_they_asked(tmp_path):
+    """Whatever the weights, the seed and the number of samples; repeats stay apart."""
+    rewards = {}
+    for name, samples, weights in (("before", 2, "w"), ("after", 3, "v")):
+        path = tmp_path / f"{name}.jsonl"
+        problems = problems_of([*PROMPTS, PROMPTS[0]], OPTIONS, samples, samples, weights)
+        with FinishedProblems(path) as finished:
+            for n, problem in sorted(enumerate(problems), reverse=name == "after"):
+                finished.add(problem, replace(OUTCOME, rewards=(float(n),) * samples))
+        with path.open("a") as file:
+            file.write('{"content": "cut o')
+        rewards[name] = {key: o.mean for key, o in outcomes_by_content(path).items()}
+    assert rewards["before"] == rewards["after"]
+    assert sorted(rewards["after"].values()) == [0, 1, 2, 3, 4]
