@@ -12,16 +12,16 @@ import server_ext.engine.cpu  # isort: skip  # noqa: F401  first: SGLang's child
 import argparse
 import asyncio
 import json
-import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from forest_on import forest_on
+from strategies import PAPER, Columns, Rows, Setting, figures_of, mean_and_interval, show
 
 HERE = Path(__file__).parent
 OUT = HERE / "out" / "sampling.json"
@@ -30,26 +30,6 @@ MODEL = ARITH / "model"
 TASKS = {"easy": 6, "chains": 10}
 """Terms of each task's problems."""
 PARTS = ["table", "wall"]
-Rows = dict[str, dict[str, tuple[float, float]]]
-"""Mean and half interval of each figure of each setting on each task."""
-
-
-class Setting(NamedTuple):
-    """A row of the table."""
-
-    strategy: str
-    shape: tuple[int, int, int, int]
-    schedule: str = "rounds"
-
-    @property
-    def name(self) -> str:
-        b0, rounds, k, b = self.shape
-        g = b0 + (rounds - 1) * k * b
-        schedule = "" if self.schedule == "rounds" else f", {self.schedule}"
-        return f"{self.strategy} {g}{schedule}"
-
-
-PAPER = (4, 9, 1, 1)
 SETTINGS = [
     Setting("independent", (8, 1, 1, 1)),
     Setting("independent", (12, 1, 1, 1)),
@@ -63,28 +43,10 @@ SETTINGS = [
 ]
 
 
-Columns = dict[str, list[float]]
-"""Figures of each tree, by name."""
-
-
 def columns_of(trees: list[Any], seconds: float) -> Columns:
     """Figures of one set of problems grown with one setting; its wall time is divided evenly."""
-    ledgers = [tree.ledger for tree in trees]
-    return {
-        "G": [tree.trajectories for tree in trees],
-        "eff_rate": [float(tree.rewards().std() > 0) for tree in trees],
-        "avg_rate": [float(tree.rewards().mean()) for tree in trees],
-        "first_rate": [tree.first_round_reward for tree in trees],
-        "generated_tokens": [ledger.generated_tokens for ledger in ledgers],
-        "unique_tokens": [tree.unique_tokens for tree in trees],
-        "cached_share": [ledger.cached_tokens / ledger.prefix_tokens for ledger in ledgers],
-        "seconds": [seconds / len(trees)] * len(trees),
-    }
-
-
-def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half its 95 % interval over trees, each of a problem of its own."""
-    return statistics.mean(values), 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+    rows = [figures_of(tree) | {"seconds": seconds / len(trees)} for tree in trees]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 class Bench:
@@ -111,18 +73,8 @@ class Bench:
         from engines import flush
 
         from ibtree.messages import Prompt
-        from ibtree.tree.options import changed
 
-        b0, rounds, k, b = setting.shape
-        options = changed(
-            self.options,
-            strategy=setting.strategy,
-            schedule=setting.schedule,
-            init_rollouts=b0,
-            rounds=rounds,
-            branch_nodes=k,
-            branch_rollouts=b,
-        )
+        options = setting.options(self.options)
 
         async def grow_one(problem: Any) -> Any:
             job = self.forest.check(Prompt(problem.prompt, "", problem.answer, "exact", options))
@@ -230,19 +182,6 @@ async def main() -> None:
     finally:
         bench.engine.shutdown()
     report(figures)
-
-
-def show(rows: Rows) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(title="per tree; mean ± half the 95 % interval over trees")
-    shown.add_column("task and strategy")
-    for column in next(iter(rows.values())):
-        shown.add_column(column, justify="right")
-    for row, values in rows.items():
-        shown.add_row(row, *(f"{m:.4g} ± {h:.2g}" for m, h in values.values()))
-    Console(width=200).print(shown)
 
 
 def report(figures: dict[str, float]) -> None:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import scheduler_clock
 from arm_process import answer_commands
 
 STOCK = "IBTPO_BENCH_STOCK"
@@ -30,6 +31,9 @@ if os.environ.get(STOCK):  # in the scheduler too, whose process re-imports this
 
     server_ext.cache.joining._can_join = lambda *_: False
     server_ext.plugin.register_sampler = lambda: None
+
+
+scheduler_clock.install()
 
 
 class Span(NamedTuple):
@@ -53,6 +57,7 @@ class Arm:
             arguments += ["--attention-backend=torch_native"]
         self.engine = SglangEngine(settings["model"], "cpu", settings["dtype"], 600.0, arguments)
         self.tokenizer = Tokenizer(Path(settings["model"]))
+        self.clock = scheduler_clock.Clock(Path(os.environ[scheduler_clock.VARIABLE]))
         self.arith = "arith" in settings["model"]
         self.spans: list[Span] = []
         self._generate = self.engine.generate
@@ -117,6 +122,7 @@ class Arm:
         generated tokens a second between them, and the requests' lengths, for `replay`.
         """
         from bench_loop import forest_of
+        from engines import flush
 
         from ibtree.messages import Prompt
         from ibtree.tree.options import SamplingOptions, TreeOptions
@@ -136,8 +142,10 @@ class Arm:
             rounds=rounds,
         )
         forest = forest_of(self.tokenizer, self.engine, limit, options)
+        await flush(self.engine)  # what one strategy computed must not help the next
         self.spans.clear()
         passes = await self.engine.trees.state()
+        scheduler = self.clock.read()
         rng = random.Random(seed)
         with tempfile.TemporaryDirectory() as folder:
             journal = JournalThread(partial(Journal, Path(folder, "journal.sqlite")))
@@ -166,6 +174,7 @@ class Arm:
             running.cancel()
             journal.close()
         after = await self.engine.trees.state()
+        worked = {name: value - scheduler.get(name, 0) for name, value in self.clock.read().items()}
         spans = [span for span in self.spans if span.ended > full and span.began < last]
         tokens = sum(
             span.tokens
@@ -183,6 +192,7 @@ class Arm:
             "prefill_passes": after.prefill_passes - passes.prefill_passes,
             "joined_requests": after.joined_requests - passes.joined_requests,
             "dead": counts["dead"],
+            "scheduler": worked,
         }
 
     async def replay(self, lengths: list[list[int]], limit: int, seed: int) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import scheduler_clock
 from arm_process import ArmProcess
 
+OUT = Path(__file__).parent / "out"
 ARITH = Path(__file__).parents[1] / "examples" / "arith" / "model"
 Figures = dict[str, float]
 
@@ -31,7 +33,8 @@ class Arm(ArmProcess):
             "stock": stock,
             "arguments": [f"--max-total-tokens={pool_tokens}"],
         }
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        clock = OUT / ("clock-stock.json" if stock else "clock-ours.json")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", scheduler_clock.VARIABLE: str(clock)}
         if stock:
             environment["IBTPO_BENCH_STOCK"] = "1"
         log = "engine-stock.log" if stock else "engine-ours.log"
@@ -76,26 +79,54 @@ def growth(model: Path) -> Figures:
 def arith_growth() -> Figures:
     """The same on the model in the repository."""
     with Arm(ARITH, "float32", 120_000) as arm:
-        figures = _walls(arm, limit=64, trees=256, new_tokens=96, suffix="_arith")
+        figures = _walls(arm, limit=64, trees=256, new_tokens=96, suffix="_arith", pairs=5)
     del figures["lengths"]
     return figures
 
 
-def _walls(arm: Arm, limit: int, trees: int, new_tokens: int, suffix: str) -> dict[str, Any]:
+def _walls(
+    arm: Arm, limit: int, trees: int, new_tokens: int, suffix: str, pairs: int = 1
+) -> dict[str, Any]:
+    """Medians over pairs, which take turns at being first."""
     arm("grow", strategy="ib", limit=limit, trees=limit, new_tokens=new_tokens, seed=0)  # warm
-    work = {"limit": limit, "trees": trees, "new_tokens": new_tokens, "seed": 1}
-    ib, independent = (arm("grow", strategy=name, **work) for name in ("ib", "independent"))
-    branches = 8 * trees
+    work = {"limit": limit, "trees": trees, "new_tokens": new_tokens}
+    grown: dict[str, list[dict[str, Any]]] = {"independent": [], "ib": []}
+    for pair in range(pairs):
+        for strategy in (*grown,) if pair % 2 else reversed(grown):
+            grown[strategy].append(arm("grow", strategy=strategy, seed=1 + pair, **work))
+    _show_scheduler({name: runs[-1]["scheduler"] for name, runs in grown.items()})
+
+    def ratio(key: str) -> float:
+        both = zip(grown["ib"], grown["independent"], strict=True)
+        return statistics.median(ib[key] / independent[key] for ib, independent in both)
+
+    def median(strategy: str, key: str) -> float:
+        return statistics.median(run[key] for run in grown[strategy])
+
     return {
-        f"wall_ratio_full{suffix}": ib["seconds_per_tree"] / independent["seconds_per_tree"],
-        f"token_ratio{suffix}": ib["tokens"] / independent["tokens"],
-        f"prefill_passes_per_branch{suffix}": ib["prefill_passes"] / branches,
-        f"tail_seconds_ib{suffix}": ib["tail_seconds"],
-        f"tail_seconds_independent{suffix}": independent["tail_seconds"],
-        f"grown_tokens_per_second{suffix}": ib["tokens_per_second"],
-        f"independent_tokens_per_second{suffix}": independent["tokens_per_second"],
-        "lengths": ib["lengths"],
+        f"wall_ratio_full{suffix}": ratio("seconds_per_tree"),
+        f"token_ratio{suffix}": ratio("tokens"),
+        f"prefill_passes_per_branch{suffix}": median("ib", "prefill_passes") / (8 * trees),
+        f"tail_seconds_ib{suffix}": median("ib", "tail_seconds"),
+        f"tail_seconds_independent{suffix}": median("independent", "tail_seconds"),
+        f"grown_tokens_per_second{suffix}": median("ib", "tokens_per_second"),
+        f"independent_tokens_per_second{suffix}": median("independent", "tokens_per_second"),
+        "lengths": grown["ib"][-1]["lengths"],
     }
+
+
+def _show_scheduler(seconds: dict[str, dict[str, float]]) -> None:
+    """What the scheduler's processor time went to."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="the scheduler's processor time [s], and its passes")
+    table.add_column("")
+    for strategy in seconds:
+        table.add_column(strategy, justify="right")
+    for part in sorted({part for parts in seconds.values() for part in parts}):
+        table.add_row(part, *(f"{parts.get(part, 0):.4g}" for parts in seconds.values()))
+    Console().print(table)
 
 
 def demo() -> Figures:

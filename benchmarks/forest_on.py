@@ -13,6 +13,7 @@ def forest_on(
     grader: str,
     *,
     at_once: int = 256,
+    max_rollouts: int = 100_000,
     cache_tokens: int | None = None,
 ) -> Any:
     """`at_once` trees grow at the same time for whoever holds the forest's `permits`."""
@@ -30,6 +31,6 @@ def forest_on(
         max_open_trees=at_once,
         max_calls=at_once,
         max_waiting_calls=10_000,
-        max_rollouts=100_000,
+        max_rollouts=max_rollouts,
         cache_tokens=cache_tokens,
     )

@@ -33,12 +33,7 @@ from ibtree.evaluation.problems import outcomes_by_content
 from ibtree.messages import Chat, ChatMessage
 
 HERE = Path(__file__).parent
-SYSTEM = """Solve the problem with one short calculation on each line. End with #### and the answer.
-Example:
-Tom has 3 bags of 4 apples and eats 2. How many apples are left?
-Tom has 3 * 4 = 12 apples.
-Then 12 - 2 = 10 are left.
-#### 10"""
+SYSTEM = (HERE / "system_prompt.txt").read_text().strip()
 POLL_S = 5.0
 
 
