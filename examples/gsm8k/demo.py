@@ -220,9 +220,14 @@ def demo(arguments: argparse.Namespace) -> None:
         memory.add(learner.popen.pid)
         print(f"IB-TPO: {steps} steps of {settings['prompts_per_step']} trees", flush=True)
         Follower(metrics, steps, settings["prompts_per_step"]).until_done(learner, target, memory)
+        run = Run("IB-TPO", rows_of(metrics))
+        done = max((row["step"] for row in run.of("step")), default=0)
+        if done < steps:  # somebody told the learner to
+            raise Ended(
+                f"the learner stopped after step {done} of {steps}; started again it goes on"
+            )
         problem = rows_of(out / "held_out.jsonl")[0]
         tree, prompt = sample_tree(target, problem)
-    run = Run("IB-TPO", rows_of(metrics))
     summary = summarise(run, memory, out / "learner" / "eval")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_report(out / "report.html", [run], tree, tree.texts, prompt, summary)
