@@ -31,5 +31,6 @@ def forest_on(
         max_calls=at_once,
         max_waiting_calls=10_000,
         max_rollouts=100_000,
+        call_share=0.75,
         cache_tokens=cache_tokens,
     )
