@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 from figures import show
 
 from ibtree.messages import CacheState, Prompt
@@ -45,7 +44,7 @@ from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.producer import Producer
 from server_ext.rewards.base import Graders
-from server_ext.services.channel import SERVER_OPTIONS, keep_message_memory
+from server_ext.services.channel import grpc_server, keep_message_memory
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
 from server_ext.trees.forest import Forest
@@ -179,7 +178,7 @@ async def under_load(
         journal, forest, lambda data: prompt_from_bytes(data, forest.defaults), tree_to_bytes
     )
     sampling = SamplingService(forest, journal, producer, 100_000)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server = grpc_server(1000, 30.0)
     sampling.add_to(server)
     QueueService(journal, producer, 600.0, lambda: sampling.interactive).add_to(server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -64,14 +64,13 @@ class Served:
 
     async def start(self) -> str:
         """The address it serves on."""
-        import grpc
-
         from ibtree.tree.options import SamplingOptions
         from ibtree.wire.messages import prompt_from_bytes
         from ibtree.wire.trees import tree_to_bytes
         from server_ext.queue.journal import Journal
         from server_ext.queue.journal_thread import JournalThread
         from server_ext.queue.producer import Producer
+        from server_ext.services.channel import grpc_server
         from server_ext.services.queue import QueueService
         from server_ext.services.sampling import SamplingService
 
@@ -86,7 +85,7 @@ class Served:
         )
         sampling = SamplingService(self.forest, self.journal, producer, 100_000)
         queue = QueueService(self.journal, producer, 600.0, lambda: sampling.interactive)
-        self.server = grpc.aio.server()
+        self.server = grpc_server(1000, 30.0)
         sampling.add_to(self.server)
         queue.add_to(self.server)
         address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"

@@ -32,5 +32,6 @@ def forest_on(
         max_calls=at_once,
         max_waiting_calls=10_000,
         max_rollouts=max_rollouts,
+        call_share=0.75,
         cache_tokens=cache_tokens,
     )

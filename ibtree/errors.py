@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from enum import Enum
 
+ERROR_KEY = "ibtpo-error"
+"""Trailing metadata of a call that the server itself ended with an error: the error's class."""
+
 
 class Fault(Enum):
     """Who is to blame: only CALLER and TREE count against what was asked for."""

@@ -40,7 +40,7 @@ from server_ext.rewards.regex import RegexGrader
 from server_ext.rewards.remote import RemoteGrader
 from server_ext.rewards.self_consistency import SelfConsistencyGrader
 from server_ext.services.cache import CacheService
-from server_ext.services.channel import SERVER_OPTIONS, keep_message_memory
+from server_ext.services.channel import OTHER_CALLS, grpc_server, keep_message_memory
 from server_ext.services.health import Health, serve_health
 from server_ext.services.metrics import Metrics, serve_metrics
 from server_ext.services.queue import QueueService
@@ -67,7 +67,8 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         check_job_names(defaults, graders, config.grader)
 
         keep_message_memory()
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        most_calls = config.max_calls + config.max_waiting_calls + OTHER_CALLS
+        server = grpc_server(most_calls, config.message_timeout_s)
         port = _bind("port", config, partial(_add_port, server))
         health = Health()
         health_server, health_port = _bind("health_port", config, partial(serve_health, health))
@@ -112,13 +113,15 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             max_calls=config.max_calls,
             max_waiting_calls=config.max_waiting_calls,
             max_rollouts=config.max_rollouts or await engine.most_running(),
+            call_share=config.call_share,
             cache_tokens=cache.capacity_tokens or None,
             ended=metrics.tree,
         )
-        auditor = Auditor(engine, forest.open_prefixes)
+        auditor = Auditor(engine, forest.open_prefixes, metrics.audit)
         journal = JournalThread(partial(_journal, config))
         stack.callback(journal.close)
-        producer = _add_services(server, config, forest, journal, updater)
+        producer, sampling = _add_services(server, config, forest, journal, updater)
+        stack.push_async_callback(sampling.stop)
         CacheService(engine.trees, auditor).add_to(server)
         health.add_to(server)
         settle()
@@ -135,7 +138,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             _raise_when(updater.broken),
         ]
         if config.audit_every_s:
-            background.append(auditor.run(config.audit_every_s, metrics.audit))
+            background.append(auditor.run(config.audit_every_s))
         await _until(stopping, server, health, config, *background)
 
 
@@ -207,7 +210,7 @@ def _add_services(
     forest: Forest,
     journal: JournalThread,
     updater: WeightUpdater,
-) -> Producer:
+) -> tuple[Producer, SamplingService]:
     producer = Producer(
         journal,
         forest,
@@ -219,7 +222,7 @@ def _add_services(
     sampling.add_to(server)
     queue.add_to(server)
     WeightsService(updater, config.shared_dir).add_to(server)
-    return producer
+    return producer, sampling
 
 
 def _add_port(server: Any, address: str) -> int:

@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ibtpo_settings import Settings
+from ibtree.tree.options import MAX_TRAJECTORIES
 from server_ext.cache.names import DEFAULT_FRACTION
 
 
@@ -65,20 +66,27 @@ class ServerConfig(Settings):
     """Most trees of queued prompts growing at once; more wait. 0: as many as keep max_rollouts in
     flight."""
     max_calls: int = Field(default=64, ge=1)
-    """Trees of SampleTree calls growing at once; their rollouts go before those of other trees."""
+    """Trees of SampleTree calls growing at once."""
     max_waiting_calls: int = Field(default=256, ge=0)
     """SampleTree calls that may wait; one more is told to come back later."""
+    message_timeout_s: float = Field(default=30.0, gt=0)
+    """How long a call's message may take to arrive; then the call ends. Pushes of weights have a
+    rule of their own."""
     max_queued_prompts: int = Field(default=100_000, ge=1)
     """Prompts that may be queued; whoever submits more is told to come back later."""
     max_rollouts: int = Field(default=0, ge=0)
     """Rollouts in flight in the engine; more wait, shared fairly between the trees. 0: as many as
     SGLang runs at once."""
+    call_share: float = Field(default=0.75, gt=0, lt=1)
+    """Share of those rollouts, and of the KV pool's room for open trees, that SampleTree calls have
+    while queued prompts want them too; queued prompts have the rest. What one does not want the
+    other may use."""
     tree_cache_fraction: float = Field(default=DEFAULT_FRACTION, gt=0, le=1)
     """Share of the KV pool in which open trees' prefixes are kept; beyond it trees wait, or the
     oldest loses its protection."""
     audit_every_s: float = Field(default=0.0, ge=0)
     """Compare one cached prefix with a computed one this often; 0: never."""
-    limit_trajectories: int = Field(default=256, ge=1)
+    limit_trajectories: int = Field(default=256, ge=1, le=MAX_TRAJECTORIES)
     """Most trajectories a prompt may ask for."""
     limit_new_tokens: int | None = Field(default=None, ge=1)
     """Largest max_new_tokens a prompt may ask for. null: what the model's context leaves."""

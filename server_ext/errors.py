@@ -13,6 +13,12 @@ class ConflictError(IbtpoError, RuntimeError):
     status, fault = "ALREADY_EXISTS", Fault.CALLER
 
 
+class TakenUpError(IbtpoError, RuntimeError):
+    """The tree of this stream has another stream now, or none any more."""
+
+    status, fault = "ABORTED", Fault.CALLER
+
+
 class UnknownLeaseError(IbtpoError, LookupError):
     """A lease is unknown or ran out."""
 

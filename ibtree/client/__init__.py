@@ -1,8 +1,8 @@
 """The gRPC client, blocking and asyncio, for anyone who wants trees.
 
-Every call has a deadline. Within it UNAVAILABLE is retried by the channel, and a server that is
-too busy is asked again when it said; other failures are `RpcFailed` with one readable line. Clients
-are context managers.
+Every call has a deadline. Within it a server that was there and is away is asked again until it is
+back, and one that is too busy when it said; a tree that was growing is taken up again. Other
+failures are `RpcFailed` with one readable line. Clients are context managers.
 """
 
 from ibtree.client.asynchronous import AsyncClient

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
 
 from ibtree.client.blocking import Client
-from ibtree.client.channel import CHANNEL_OPTIONS, DEFAULT_TARGET, Deadline, RpcFailed, failure
+from ibtree.client.channel import (
+    CHANNEL_OPTIONS,
+    DEFAULT_TARGET,
+    Attempts,
+    RpcFailed,
+    decoded,
+    decoding,
+    failure,
+)
+from ibtree.client.sampling import Sampling
 from ibtree.messages import (
     CacheAudit,
     CacheState,
@@ -31,13 +41,26 @@ from ibtree.wire import calls
 from ibtree.wire.calls import Call
 
 R = TypeVar("R")
+_INTERNAL = grpc.StatusCode.INTERNAL
+_GOODBYE_S = 1.0
+"""Longest wait for the server to hear that nobody wants a tree any more."""
 
 
 class AsyncClient:
     """Asyncio client. Use inside one running event loop; times are seconds."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 60.0) -> None:
-        self.target, self.timeout_s = target, timeout_s
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = 60.0,
+        patience_s: float | None = None,
+    ) -> None:
+        """`timeout_s`: how long a call may take unless it says; `patience_s`: how long of that a
+        server that was there may be away (None: all of it)."""
+        self.target, self.timeout_s, self.patience_s = target, timeout_s, patience_s
+        self._known = False
+        """Whether the server has answered before."""
         self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
 
     async def __aenter__(self) -> Self:
@@ -51,51 +74,80 @@ class AsyncClient:
 
     async def _unary(self, call: Call[R], timeout_s: float | None = None, wait: bool = False) -> R:
         method = call.method.on(self._channel.unary_unary)
-        deadline = Deadline(timeout_s or self.timeout_s)
+        attempts = self._attempts(timeout_s or self.timeout_s, wait)
         while True:
             try:
-                response = await method(call.request, timeout=deadline.left_s, wait_for_ready=wait)
-                return call.decode(response)
+                response = await method(call.request, timeout=attempts.left_s, wait_for_ready=wait)
             except grpc.RpcError as error:
-                await asyncio.sleep(deadline.pause_s(failure(call.method.name, self.target, error)))
+                await asyncio.sleep(attempts.pause_s(self._failure(call.method.name, error)))
+            else:
+                self._known = True
+                return decoded(call, self.target, response)
 
-    async def _stream(self, call: Call[R], timeout_s: float) -> AsyncIterator[R]:
-        method = call.method.on(self._channel.unary_stream)
-        deadline = Deadline(timeout_s)
-        while True:
-            stream = method(call.request, timeout=deadline.left_s)
-            try:
-                async for message in stream:
-                    yield call.decode(message)
-                return
-            except grpc.RpcError as error:
-                pause_s = deadline.pause_s(failure(call.method.name, self.target, error))
-            finally:
-                stream.cancel()
-            await asyncio.sleep(pause_s)
+    def _attempts(self, timeout_s: float, wait: bool = False) -> Attempts:
+        return Attempts(timeout_s, self.patience_s, known=self._known or wait)
+
+    def _failure(self, method: str, error: Any) -> RpcFailed:
+        failed = failure(method, self.target, error)
+        self._known |= failed.answered
+        return failed
+
+    async def _sampled(
+        self, prompt: Prompt, include_text: bool, tree_only: bool, timeout_s: float
+    ) -> AsyncIterator[Expansion | Progress | Tree]:
+        sampling = Sampling(prompt, include_text, tree_only)
+        name, method = sampling.method.name, sampling.method.on(self._channel.unary_stream)
+        attempts = self._attempts(timeout_s)
+        try:
+            while not sampling.over:
+                stream = method(sampling.request(), timeout=attempts.left_s)
+                try:
+                    async for message in stream:
+                        self._known = True
+                        attempts.answered()
+                        event = decoding(name, self.target, partial(sampling.event, message))
+                        if event is not None:
+                            yield event
+                    if tree := decoding(name, self.target, sampling.last):
+                        yield tree
+                    elif not sampling.over:
+                        raise RpcFailed(name, self.target, _INTERNAL, "ended without a tree")
+                except grpc.RpcError as error:
+                    if not sampling.over:
+                        pause_s = attempts.pause_s(self._failure(name, error))
+                        await asyncio.sleep(pause_s)
+                finally:
+                    stream.cancel()
+        except RpcFailed as failed:
+            sampling.over = failed.code is not _INTERNAL  # else it sends what is wrong
+            raise
+        finally:
+            if not sampling.over:
+                with suppress(RpcFailed):
+                    await self._unary(sampling.cancel, _GOODBYE_S)
 
     def sample_events(
         self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> AsyncIterator[Expansion | Progress | Tree]:
         """Grows one tree: an Expansion per finished rollout, a Progress in quiet times, at last the
         Tree. `include_text` asks for the expansions' `text` and the tree's `texts`."""
-        return self._stream(calls.sample_tree(prompt, include_text, tree_only=False), timeout_s)
+        return self._sampled(prompt, include_text, False, timeout_s)
 
     async def sample_tree(
         self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> Tree:
         """Grows one tree and returns it; with its `texts` if `include_text`."""
-        call = calls.sample_tree(prompt, include_text, tree_only=True)
-        async for event in self._stream(call, timeout_s):
-            if isinstance(event, Tree):
-                return event
-        raise RpcFailed("SampleTree", self.target, grpc.StatusCode.INTERNAL, "ended without a tree")
+        *_, tree = [event async for event in self._sampled(prompt, include_text, True, timeout_s)]
+        assert isinstance(tree, Tree)
+        return tree
 
     async def submit_prompts(
         self, prompts: Iterable[Prompt], *, timeout_s: float | None = None, wait: bool = False
     ) -> tuple[int, int]:
-        """Queues prompts; returns how many are new and how many were known already."""
-        return await self._unary(calls.submit_prompts(prompts), timeout_s, wait)
+        """Queues prompts; returns how many are new and how many were known already. More than fit
+        into a call (10,000, or 16 MiB) take several, each all or nothing."""
+        counts = [await self._unary(c, timeout_s, wait) for c in calls.submit_prompts(prompts)]
+        return sum(accepted for accepted, _ in counts), sum(known for _, known in counts)
 
     async def lease_trees(
         self,

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 
-from ibtree.client.channel import CHANNEL_OPTIONS, DEFAULT_TARGET, Deadline, RpcFailed, failure
+from ibtree.client.channel import (
+    CHANNEL_OPTIONS,
+    DEFAULT_TARGET,
+    Attempts,
+    RpcFailed,
+    decoded,
+    decoding,
+    failure,
+)
 from ibtree.client.push import Exchange, Resumption
+from ibtree.client.sampling import Sampling
 from ibtree.messages import (
     CacheAudit,
     CacheState,
@@ -29,13 +40,26 @@ from ibtree.wire import calls
 from ibtree.wire.calls import Call
 
 R = TypeVar("R")
+_INTERNAL = grpc.StatusCode.INTERNAL
+_GOODBYE_S = 1.0
+"""Longest wait for the server to hear that nobody wants a tree any more."""
 
 
 class Client:
     """Blocking client. Times are seconds; `wait` lets a call wait for the server to come up."""
 
-    def __init__(self, target: str = DEFAULT_TARGET, *, timeout_s: float = 60.0) -> None:
-        self.target, self.timeout_s = target, timeout_s
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        *,
+        timeout_s: float = 60.0,
+        patience_s: float | None = None,
+    ) -> None:
+        """`timeout_s`: how long a call may take unless it says; `patience_s`: how long of that a
+        server that was there may be away (None: all of it)."""
+        self.target, self.timeout_s, self.patience_s = target, timeout_s, patience_s
+        self._known = False
+        """Whether the server has answered before."""
         self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
 
     def __enter__(self) -> Self:
@@ -49,50 +73,80 @@ class Client:
 
     def _unary(self, call: Call[R], timeout_s: float | None = None, wait: bool = False) -> R:
         method = call.method.on(self._channel.unary_unary)
-        deadline = Deadline(timeout_s or self.timeout_s)
+        attempts = self._attempts(timeout_s or self.timeout_s, wait)
         while True:
             try:
-                response = method(call.request, timeout=deadline.left_s, wait_for_ready=wait)
-                return call.decode(response)
+                response = method(call.request, timeout=attempts.left_s, wait_for_ready=wait)
             except grpc.RpcError as error:
-                time.sleep(deadline.pause_s(failure(call.method.name, self.target, error)))
+                time.sleep(attempts.pause_s(self._failure(call.method.name, error)))
+            else:
+                self._known = True
+                return decoded(call, self.target, response)
 
-    def _stream(self, call: Call[R], timeout_s: float) -> Iterator[R]:
-        method = call.method.on(self._channel.unary_stream)
-        deadline = Deadline(timeout_s)
-        while True:
-            stream = method(call.request, timeout=deadline.left_s)
-            try:
-                yield from map(call.decode, stream)
-                return
-            except grpc.RpcError as error:
-                pause_s = deadline.pause_s(failure(call.method.name, self.target, error))
-            finally:
-                stream.cancel()
-            time.sleep(pause_s)
+    def _attempts(self, timeout_s: float, wait: bool = False) -> Attempts:
+        return Attempts(timeout_s, self.patience_s, known=self._known or wait)
+
+    def _failure(self, method: str, error: Any) -> RpcFailed:
+        failed = failure(method, self.target, error)
+        self._known |= failed.answered
+        return failed
+
+    def _sampled(
+        self, prompt: Prompt, include_text: bool, tree_only: bool, timeout_s: float
+    ) -> Iterator[Expansion | Progress | Tree]:
+        sampling = Sampling(prompt, include_text, tree_only)
+        name, method = sampling.method.name, sampling.method.on(self._channel.unary_stream)
+        attempts = self._attempts(timeout_s)
+        try:
+            while not sampling.over:
+                stream = method(sampling.request(), timeout=attempts.left_s)
+                try:
+                    for message in stream:
+                        self._known = True
+                        attempts.answered()
+                        event = decoding(name, self.target, partial(sampling.event, message))
+                        if event is not None:
+                            yield event
+                    if tree := decoding(name, self.target, sampling.last):
+                        yield tree
+                    elif not sampling.over:
+                        raise RpcFailed(name, self.target, _INTERNAL, "ended without a tree")
+                except grpc.RpcError as error:
+                    if not sampling.over:
+                        pause_s = attempts.pause_s(self._failure(name, error))
+                        time.sleep(pause_s)
+                finally:
+                    stream.cancel()
+        except RpcFailed as failed:
+            sampling.over = failed.code is not _INTERNAL  # else it sends what is wrong
+            raise
+        finally:
+            if not sampling.over:
+                with suppress(RpcFailed):
+                    self._unary(sampling.cancel, _GOODBYE_S)
 
     def sample_events(
         self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> Iterator[Expansion | Progress | Tree]:
         """Grows one tree: an Expansion per finished rollout, a Progress in quiet times, at last the
         Tree. `include_text` asks for the expansions' `text` and the tree's `texts`."""
-        return self._stream(calls.sample_tree(prompt, include_text, tree_only=False), timeout_s)
+        return self._sampled(prompt, include_text, False, timeout_s)
 
     def sample_tree(
         self, prompt: Prompt, *, include_text: bool = False, timeout_s: float = 600.0
     ) -> Tree:
         """Grows one tree and returns it; with its `texts` if `include_text`."""
-        call = calls.sample_tree(prompt, include_text, tree_only=True)
-        for event in self._stream(call, timeout_s):
-            if isinstance(event, Tree):
-                return event
-        raise RpcFailed("SampleTree", self.target, grpc.StatusCode.INTERNAL, "ended without a tree")
+        *_, tree = self._sampled(prompt, include_text, True, timeout_s)
+        assert isinstance(tree, Tree)
+        return tree
 
     def submit_prompts(
         self, prompts: Iterable[Prompt], *, timeout_s: float | None = None, wait: bool = False
     ) -> tuple[int, int]:
-        """Queues prompts; returns how many are new and how many were known already."""
-        return self._unary(calls.submit_prompts(prompts), timeout_s, wait)
+        """Queues prompts; returns how many are new and how many were known already. More than fit
+        into a call (10,000, or 16 MiB) take several, each all or nothing."""
+        counts = [self._unary(c, timeout_s, wait) for c in calls.submit_prompts(prompts)]
+        return sum(accepted for accepted, _ in counts), sum(known for _, known in counts)
 
     def lease_trees(
         self,
@@ -133,7 +187,7 @@ class Client:
         """Pushes a version held in a safetensors file; returns when it serves. A stream that breaks
         goes on where it stopped. `shared_path`: where the server finds the file in its shared
         folder; nothing is sent then."""
-        deadline, resumption = Deadline(timeout_s), Resumption()
+        deadline, resumption = Attempts(timeout_s), Resumption()
         while True:
             exchange = Exchange(manifest, path, shared_path)
             call = calls.push_weights(exchange.requests())

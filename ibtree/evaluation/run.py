@@ -20,6 +20,8 @@ IN_FLIGHT = 64
 _AWAY = ("UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED")
 """Statuses of a server that stops, is away or starts, or has no room."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+_CALL_PATIENCE_S = 3.0
+"""How long one call waits for a server that is away; then the sweep knows, and asks again."""
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,7 @@ async def evaluate_async(
     if not prompts:
         raise FieldError("prompts", "none", "at least one")
     began = time.monotonic()
-    async with AsyncClient(target) as client:
+    async with AsyncClient(target, patience_s=min(patience_s, _CALL_PATIENCE_S)) as client:
         served = await client.get_weights(timeout_s=patience_s if wait else None, wait=wait)
         weights = f"{served.model_id}/{served.digest.hex()}"
         problems = problems_of(prompts, options, samples, seed, weights)

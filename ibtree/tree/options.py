@@ -17,6 +17,8 @@ VALUE_ESTIMATORS = ("mean", "backup")
 CONFIDENCE_FORMS = ("geometric", "product", "sibling")
 STEP_RULES = ("text", "auto")
 MAX_SEED = 2**63 - 1
+MAX_TRAJECTORIES = 65_536
+"""Most trajectories that a tree may hold wherever it goes; the server's own limit is lower."""
 _MAX_TEXTS, _MAX_TEXT_CHARACTERS, _MAX_STOP_IDS = 16, 256, 64
 
 
@@ -57,6 +59,17 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise FieldError(name, f"unknown value {value!r}", " | ".join(allowed))
 
 
+def _as_floats(options: object, names: Iterable[str]) -> None:
+    """Whole numbers are numbers too: they become floats, as they do on their way over the wire."""
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            try:
+                object.__setattr__(options, name, float(value))
+            except OverflowError:
+                object.__setattr__(options, name, math.copysign(math.inf, value))
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How tokens are drawn. Penalties are not among it: log-probabilities under them are not the
@@ -71,6 +84,7 @@ class SamplingOptions:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        _as_floats(self, ("temperature", "top_p", "min_p"))
         check_range("sampling.temperature", self.temperature, 0.0, 100.0, open_low=True)
         check_range("sampling.top_p", self.top_p, 0.0, 1.0, open_low=True)
         whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
@@ -119,6 +133,7 @@ class TreeOptions:
     def __post_init__(self) -> None:
         for name in ("init_rollouts", "rounds", "branch_nodes", "branch_rollouts"):
             check_integer(name, getattr(self, name), 1, 4096)
+        _as_floats(self, ("beta", "zero_value_ratio", "deadline_s"))
         check_range("beta", self.beta, 0.0, 1e6, open_low=True)
         check_range("zero_value_ratio", self.zero_value_ratio, 0.0, 1e6)
         check_choice("value_estimator", self.value_estimator, VALUE_ESTIMATORS)

@@ -82,7 +82,8 @@ def info_gains(tree: Tree, value: Floats, beta: float, zero_value_ratio: float =
     Where value(parent) is 0 the ratio is `zero_value_ratio`.
     """
     above = value[np.asarray(tree.parents)]
-    ratio = np.divide(value, above, out=np.full(len(tree), zero_value_ratio), where=above > 0)
+    ratio = np.full(len(tree), zero_value_ratio, np.float64)
+    np.divide(value, above, out=ratio, where=above > 0)
     gain: Floats = ratio - (1.0 + 1.0 / beta)
     gain[0] = 0.0
     return gain

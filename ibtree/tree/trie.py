@@ -5,6 +5,7 @@ from its parent, `starts` rollouts started from its end, `ends` rollouts that en
 
     visits(s)        = ends(s) + sum over children c of visits(c)
     sum_c draws(c)   = draws(s) - ends(s) + starts(s)            with draws(root) = 0
+    ends(s)         <= draws(s)                                  as a rollout has a step
 """
 
 from __future__ import annotations
@@ -344,6 +345,8 @@ class Tree:
                 raise ValueError(f"node {s}: children's draws do not match draws - ends + starts")
             if s and self.visits[s] and not self.draws[s]:
                 raise ValueError(f"node {s}: draws 0 of a visited node")
+            if self.ends[s] > self.draws[s]:
+                raise ValueError(f"node {s}: ends {self.ends[s]} > draws: a rollout of no steps")
             own = self.reward_sums[s] - sum(self.reward_sums[c] for c in kids)
             if not -1e-9 <= own <= self.ends[s] + 1e-9:
                 raise ValueError(f"node {s}: reward sums do not add up")

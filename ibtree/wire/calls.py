@@ -27,16 +27,26 @@ from ibtree.wire import messages
 from ibtree.wire.v1 import cache_pb2, queue_pb2, reward_pb2, sampling_pb2, weights_pb2
 
 R = TypeVar("R")
+_FRAME_BYTES = 6
+"""Most bytes of a field's number and length around a message."""
+MESSAGE_BYTES = 4 * 1024 * 1024
+"""Most bytes of a message."""
+LARGE_BYTES = 16 * 1024 * 1024
+"""Most bytes of a request with many prompts, and of a message of a push."""
+MOST_PROMPTS = 10_000
+"""Prompts of one SubmitPrompts request."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method of a service: its names, and the protobuf classes of its messages."""
+    """A method of a service: its names, the protobuf classes of its messages, and the most bytes
+    that a request may have."""
 
     service: str
     name: str
     request: Any
     response: Any
+    most_bytes: int
 
     @property
     def path(self) -> str:
@@ -60,44 +70,74 @@ class Call(Generic[R]):
     decode: Callable[[Any], R]
 
 
-def _method(service: str, module: Any, name: str) -> Method:
-    return Method(
-        service, name, getattr(module, f"{name}Request"), getattr(module, f"{name}Response")
-    )
+def _method(service: str, module: Any, name: str, most_bytes: int = MESSAGE_BYTES) -> Method:
+    request, response = getattr(module, f"{name}Request"), getattr(module, f"{name}Response")
+    return Method(service, name, request, response, most_bytes)
 
 
 SAMPLE_TREE = _method("TreeSamplingService", sampling_pb2, "SampleTree")
-SUBMIT_PROMPTS = _method("TreeSamplingService", sampling_pb2, "SubmitPrompts")
+CANCEL_TREE = _method("TreeSamplingService", sampling_pb2, "CancelTree")
+SUBMIT_PROMPTS = _method("TreeSamplingService", sampling_pb2, "SubmitPrompts", LARGE_BYTES)
 LEASE_TREES = _method("TreeQueueService", queue_pb2, "LeaseTrees")
 EXTEND_LEASE = _method("TreeQueueService", queue_pb2, "ExtendLease")
 ACK_TREES = _method("TreeQueueService", queue_pb2, "AckTrees")
 NACK_TREES = _method("TreeQueueService", queue_pb2, "NackTrees")
 GET_QUEUE_STATS = _method("TreeQueueService", queue_pb2, "GetQueueStats")
-PUSH_WEIGHTS = _method("WeightsService", weights_pb2, "PushWeights")
+PUSH_WEIGHTS = _method("WeightsService", weights_pb2, "PushWeights", LARGE_BYTES)
 GET_WEIGHTS = _method("WeightsService", weights_pb2, "GetWeights")
 ROLLBACK_WEIGHTS = _method("WeightsService", weights_pb2, "RollbackWeights")
 GET_CACHE = _method("CacheService", cache_pb2, "GetCache")
 AUDIT_CACHE = _method("CacheService", cache_pb2, "AuditCache")
 GRADE = _method("RewardService", reward_pb2, "Grade")
 
+METHODS = (
+    *(SAMPLE_TREE, CANCEL_TREE, SUBMIT_PROMPTS),
+    *(LEASE_TREES, EXTEND_LEASE, ACK_TREES, NACK_TREES, GET_QUEUE_STATS),
+    *(PUSH_WEIGHTS, GET_WEIGHTS, ROLLBACK_WEIGHTS),
+    *(GET_CACHE, AUDIT_CACHE),
+)
+"""Those of an ibtpo-server."""
 SERVICES = ("TreeSamplingService", "TreeQueueService", "WeightsService", "CacheService")
 """The services of an ibtpo-server; RewardService is the user's own."""
 
 
 def sample_tree(
-    prompt: Prompt, include_text: bool, tree_only: bool
-) -> Call[Expansion | Progress | Tree]:
+    prompt: Prompt, include_text: bool, tree_only: bool, call_id: str = ""
+) -> Call[Expansion | Progress | Tree | bytes]:
+    """bytes: a part of the tree (parts.py). `call_id`: names it over its attempts."""
     request = sampling_pb2.SampleTreeRequest(
-        prompt=messages.prompt_to_proto(prompt), include_text=include_text, tree_only=tree_only
+        prompt=messages.prompt_to_proto(prompt),
+        include_text=include_text,
+        tree_only=tree_only,
+        call_id=call_id,
     )
     return Call(SAMPLE_TREE, request, messages.event_from_proto)
 
 
-def submit_prompts(prompts: Iterable[Prompt]) -> Call[tuple[int, int]]:
-    request = sampling_pb2.SubmitPromptsRequest(
-        prompts=[messages.prompt_to_proto(prompt) for prompt in prompts]
-    )
-    return Call(SUBMIT_PROMPTS, request, lambda m: (m.accepted, m.known))
+def cancel_tree(call_id: str) -> Call[None]:
+    return Call(CANCEL_TREE, sampling_pb2.CancelTreeRequest(call_id=call_id), _nothing)
+
+
+def submit_prompts(prompts: Iterable[Prompt]) -> Iterator[Call[tuple[int, int]]]:
+    """As many calls as the prompts take, at least one."""
+    for part in _parts(map(messages.prompt_to_proto, prompts)):
+        request = sampling_pb2.SubmitPromptsRequest(prompts=part)
+        yield Call(SUBMIT_PROMPTS, request, messages.submitted_from_proto)
+
+
+def _parts(prompts: Iterable[sampling_pb2.Prompt]) -> Iterator[list[sampling_pb2.Prompt]]:
+    """Prompts that fit into a request together, in order. One that fits into none goes alone, for
+    the server to refuse."""
+    part: list[sampling_pb2.Prompt] = []
+    size = 0
+    for prompt in prompts:
+        more = prompt.ByteSize() + _FRAME_BYTES
+        if part and (len(part) == MOST_PROMPTS or size + more > LARGE_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(prompt)
+        size += more
+    yield part
 
 
 def lease_trees(max_trees: int, lease_s: float | None, wait_s: float) -> Call[list[TreeLease]]:

@@ -30,6 +30,13 @@ from ibtree.messages import (
 from ibtree.tree import Finish, Tree
 from ibtree.tree.options import TreeOptions
 from ibtree.weights.manifest import SENT_BYTES, Canary, TensorSpec, WeightManifest
+from ibtree.wire.checks import (
+    check_finite,
+    check_logprobs,
+    check_member,
+    check_natural,
+    check_numbers,
+)
 from ibtree.wire.trees import options_from_proto, options_to_proto, tree_from_proto
 from ibtree.wire.v1 import cache_pb2, queue_pb2, reward_pb2, sampling_pb2, tree_pb2, weights_pb2
 
@@ -120,14 +127,36 @@ def progress_to_proto(progress: Progress) -> sampling_pb2.Progress:
     return sampling_pb2.Progress(**asdict(progress))
 
 
-def event_from_proto(message: sampling_pb2.SampleTreeResponse) -> Expansion | Progress | Tree:
+def event_from_proto(
+    message: sampling_pb2.SampleTreeResponse,
+) -> Expansion | Progress | Tree | bytes:
+    """bytes: a part of a tree (parts.py)."""
+    if message.WhichOneof("event") == "tree_part":
+        return message.tree_part
     if message.HasField("tree"):
         return tree_from_proto(message.tree)
     if message.HasField("progress"):
-        return Progress(**{f.name: getattr(message.progress, f.name) for f in fields(Progress)})
-    names = [f.name for f in fields(Expansion) if f.name != "finish"]
-    values = {name: getattr(message.expansion, name) for name in names}
-    return Expansion(finish=Finish(message.expansion.finish_reason), **values)
+        return Progress(**_numbers("progress", message.progress, Progress))
+    if not message.HasField("expansion"):
+        raise FieldError("event", "missing", "an expansion, a tree or a progress")
+    expansion = message.expansion
+    names = [f.name for f in fields(Expansion) if f.name not in ("finish", "text")]
+    numbers = check_numbers("expansion", expansion, names)
+    check_finite("expansion.reward", expansion.reward, 0.0, 1.0)
+    check_natural("expansion.round", expansion.round, 1)
+    check_natural("expansion.trajectories", expansion.trajectories, 1)
+    reason = check_member("expansion.finish_reason", int(expansion.finish_reason), Finish)
+    return Expansion(finish=Finish(reason), text=expansion.text, **numbers)
+
+
+def _numbers(field: str, message: Any, noun: Any) -> dict[str, Any]:
+    """The noun's fields, all of them numbers of at least 0, from the message. Raises FieldError."""
+    return check_numbers(field, message, [f.name for f in fields(noun)])
+
+
+def submitted_from_proto(message: sampling_pb2.SubmitPromptsResponse) -> tuple[int, int]:
+    """Prompts that are new, and that were known."""
+    return check_natural("accepted", message.accepted), check_natural("known", message.known)
 
 
 def grade_request(submissions: Iterable[Submission]) -> reward_pb2.GradeRequest:
@@ -153,6 +182,7 @@ def leases_from_proto(response: queue_pb2.LeaseTreesResponse) -> list[TreeLease]
 
 def _lease_from_proto(message: queue_pb2.TreeLease) -> TreeLease:
     try:
+        check_natural("returns", message.returns)
         return TreeLease(message.lease_id, tree_from_proto(message.tree), message.returns)
     except FieldError as error:
         empty = Tree(prompt=(), tree_id=message.tree.tree_id)
@@ -164,7 +194,7 @@ def stats_to_proto(stats: QueueStats) -> queue_pb2.GetQueueStatsResponse:
 
 
 def stats_from_proto(message: queue_pb2.GetQueueStatsResponse) -> QueueStats:
-    return QueueStats(**{f.name: getattr(message, f.name) for f in fields(QueueStats)})
+    return QueueStats(**_numbers("stats", message, QueueStats))
 
 
 def cache_to_proto(state: CacheState) -> cache_pb2.GetCacheResponse:
@@ -172,7 +202,7 @@ def cache_to_proto(state: CacheState) -> cache_pb2.GetCacheResponse:
 
 
 def cache_from_proto(message: cache_pb2.GetCacheResponse) -> CacheState:
-    return CacheState(**{f.name: getattr(message, f.name) for f in fields(CacheState)})
+    return CacheState(**_numbers("cache", message, CacheState))
 
 
 def audit_to_proto(audit: CacheAudit) -> cache_pb2.AuditCacheResponse:
@@ -180,7 +210,11 @@ def audit_to_proto(audit: CacheAudit) -> cache_pb2.AuditCacheResponse:
 
 
 def audit_from_proto(message: cache_pb2.AuditCacheResponse) -> CacheAudit:
-    return CacheAudit(**{f.name: getattr(message, f.name) for f in fields(CacheAudit)})
+    names = [f.name for f in fields(CacheAudit) if f.name != "max_difference"]
+    numbers, difference = check_numbers("audit", message, names), message.max_difference
+    if not difference >= 0.0:  # infinite: one of the two was not a number
+        raise FieldError("audit.max_difference", f"got {difference}", "at least 0")
+    return CacheAudit(max_difference=difference, **numbers)
 
 
 def manifest_to_proto(manifest: WeightManifest) -> weights_pb2.WeightManifest:
@@ -200,6 +234,8 @@ def manifest_to_proto(manifest: WeightManifest) -> weights_pb2.WeightManifest:
 
 
 def manifest_from_proto(m: weights_pb2.WeightManifest) -> WeightManifest:
+    """Raises FieldError for a canary whose log-probabilities are none."""
+    check_logprobs("manifest.canary.logprobs", m.canary.logprobs)
     canary = Canary(tuple(m.canary.token_ids), tuple(m.canary.logprobs), m.canary.tolerance)
     return WeightManifest(
         version=m.version,
@@ -232,6 +268,8 @@ def state_to_proto(state: str) -> weights_pb2.WeightState.ValueType:
 
 
 def _state_from_proto(number: weights_pb2.WeightState.ValueType) -> str:
+    if number not in weights_pb2.WeightState.values():
+        raise FieldError("state", f"unknown {number}", "a WeightState")
     return weights_pb2.WeightState.Name(number).removeprefix(_STATE).lower()
 
 
@@ -245,8 +283,7 @@ def _kept_from_proto(m: weights_pb2.KeptWeights) -> KeptWeights:
     return KeptWeights(
         version=m.version,
         digest=m.digest,
-        file_bytes=m.file_bytes,
-        served_at_s=m.served_at_s,
+        **check_numbers("kept", m, ("file_bytes", "served_at_s")),
         base_version=m.base_version if m.HasField("base_version") else None,
         restored_version=m.restored_version if m.HasField("restored_version") else None,
     )
@@ -259,8 +296,7 @@ def served_from_proto(m: weights_pb2.GetWeightsResponse) -> ServedWeights:
         state=_state_from_proto(m.state),
         model_id=m.model_id,
         dtype=m.dtype,
-        age_s=m.age_s,
-        pause_s=m.pause_s,
+        **check_numbers("weights", m, ("age_s", "pause_s")),
         kept=tuple(_kept_from_proto(weights) for weights in m.kept),
     )
 
@@ -278,12 +314,12 @@ def pushed_to_proto(outcome: PushOutcome) -> weights_pb2.PushWeightsResponse:
 def push_answer(m: weights_pb2.PushWeightsResponse) -> int | PushOutcome:
     """The byte from which on the server wants the file, or what became of the push."""
     if not m.HasField("pushed"):
-        return m.send_from
+        return check_natural("send_from", m.send_from)
     pushed = m.pushed
-    return PushOutcome(
-        pushed.version, _state_from_proto(pushed.state), pushed.digest, pushed.pause_s
-    )
+    pause_s = check_finite("pushed.pause_s", pushed.pause_s)
+    return PushOutcome(pushed.version, _state_from_proto(pushed.state), pushed.digest, pause_s)
 
 
 def rollback_from_proto(m: weights_pb2.RollbackWeightsResponse) -> RollbackOutcome:
-    return RollbackOutcome(m.version, m.restored_version, m.digest, m.pause_s)
+    pause_s = check_finite("pause_s", m.pause_s)
+    return RollbackOutcome(m.version, m.restored_version, m.digest, pause_s)

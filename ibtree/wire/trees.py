@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from ibtree.errors import FieldError
 from ibtree.tree import Finish, Ledger, Step, StopCause, Tree
 from ibtree.tree.options import SamplingOptions, TreeOptions, completed
 from ibtree.tree.score import ib_scores
+from ibtree.wire.checks import COUNTS, check_tree
 from ibtree.wire.v1 import tree_pb2 as pb
-
-_COUNTS = ("draws", "visits", "starts", "ends")
 
 
 def options_to_proto(options: TreeOptions | Mapping[str, Any]) -> pb.TreeOptions:
@@ -81,7 +80,7 @@ def tree_to_proto(tree: Tree, text: Callable[[tuple[int, ...]], str] | None = No
             unique_tokens=tree.unique_tokens,
             **{f.name: getattr(tree.ledger, f.name) for f in fields(Ledger)},
         ),
-        **{name: [getattr(tree, name)[n] for n in nodes] for name in _COUNTS},
+        **{name: [getattr(tree, name)[n] for n in nodes] for name in COUNTS},
     )
 
 
@@ -92,13 +91,18 @@ def tree_to_bytes(tree: Tree) -> bytes:
 
 def tree_from_bytes(data: bytes) -> Tree:
     """The Tree that `tree_to_bytes` serialized. Raises FieldError as `tree_from_proto` does."""
-    return tree_from_proto(pb.Tree.FromString(data))
+    try:
+        message = pb.Tree.FromString(data)
+    except DecodeError as error:
+        raise FieldError("tree", f"{len(data)} bytes are none: {error}", "a Tree") from error
+    return tree_from_proto(message)
 
 
 def tree_from_proto(message: pb.Tree) -> Tree:
-    """Raises FieldError where the columns do not make a tree; then nothing was built."""
-    n, tokens = len(message.parents), len(message.token_ids)
-    _check_columns(message, n, tokens)
+    """Raises FieldError where the columns do not make a tree that can have grown with its options;
+    then nothing was built."""
+    options = options_from_proto(message.options, TreeOptions())
+    check_tree(message, options.trajectories)
     versions = np.repeat(np.asarray(message.span_versions, np.int64), message.span_lengths).tolist()
     tree = Tree(
         prompt=tuple(message.prompt_token_ids),
@@ -109,17 +113,17 @@ def tree_from_proto(message: pb.Tree) -> Tree:
         first_round_reward=(
             message.first_round_reward if message.HasField("first_round_reward") else None
         ),
-        options=options_from_proto(message.options, TreeOptions()),
+        options=options,
         stop_cause=StopCause(message.stop_cause),
         ledger=Ledger(**{f.name: getattr(message.ledger, f.name) for f in fields(Ledger)}),
     )
-    for i in range(1, n):
+    for i in range(1, len(message.parents)):
         low, high = message.token_offsets[i], message.token_offsets[i + 1]
         ids, logprobs = tuple(message.token_ids[low:high]), tuple(message.logprobs[low:high])
         node = tree.graft(message.parents[i], Step(ids, logprobs, tuple(versions[low:high])))
         if node != i:
             raise FieldError("tree.token_ids", f"node {i} repeats a sibling", "distinct siblings")
-    for name in _COUNTS:
+    for name in COUNTS:
         setattr(tree, name, list(getattr(message, name)))
     tree.reward_sums = list(message.reward_sums)
     tree.texts = list(message.texts)
@@ -129,37 +133,3 @@ def tree_from_proto(message: pb.Tree) -> Tree:
     except ValueError as error:
         raise FieldError("tree", str(error), "counts of a grown tree") from error
     return tree
-
-
-def _check_columns(message: pb.Tree, n: int, tokens: int) -> None:
-    for name in (*_COUNTS, "reward_sums", "ib_scores", "finish_reasons"):
-        if len(getattr(message, name)) != n:
-            raise FieldError(
-                f"tree.{name}", f"{len(getattr(message, name))} entries", f"{n}, one a node"
-            )
-    if not n or message.parents[0] or any(p >= i for i, p in enumerate(message.parents[1:], 1)):
-        raise FieldError("tree.parents", "not in order", "0 for the root, parents before children")
-    offsets = list(message.token_offsets)
-    steps = np.diff(offsets) if len(offsets) == n + 1 else np.zeros(0)
-    if len(steps) != n or offsets[:2] != [0, 0] or (steps[1:] < 1).any() or offsets[-1] != tokens:
-        raise FieldError(
-            "tree.token_offsets", "do not cut the tokens", f"{n + 1} from 0 to {tokens}"
-        )
-    if len(message.logprobs) != tokens or sum(message.span_lengths) != tokens:
-        raise FieldError(
-            "tree.logprobs", "or span_lengths do not match token_ids", f"{tokens} tokens"
-        )
-    if len(message.texts) not in (0, n):
-        raise FieldError("tree.texts", f"{len(message.texts)} entries", f"0 or {n}, one a node")
-    if len(message.span_lengths) != len(message.span_versions):
-        raise FieldError("tree.span_versions", f"{len(message.span_versions)}", "one a span")
-    if any(version >= 2**63 for version in message.span_versions):
-        raise FieldError("tree.span_versions", "too large", "below 2^63")
-    if not set(message.finish_reasons) <= set(Finish):
-        raise FieldError("tree.finish_reasons", "unknown reason", f"0 to {max(Finish)}")
-    if int(message.stop_cause) not in list(StopCause):
-        raise FieldError(
-            "tree.stop_cause", f"unknown {message.stop_cause}", f"0 to {max(StopCause)}"
-        )
-    if not all(math.isfinite(lp) for lp in message.logprobs):
-        raise FieldError("tree.logprobs", "not finite", "finite log-probabilities")

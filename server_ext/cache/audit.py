@@ -48,24 +48,33 @@ class OpenPrefix:
 class Auditor:
     """Audits a few prefixes at a time, so that rollouts hardly notice."""
 
-    def __init__(self, engine: Scorer, open_prefixes: Callable[[int], list[OpenPrefix]]) -> None:
-        """`open_prefixes`: gives those of the trees that grow now."""
-        self._engine, self._open_prefixes = engine, open_prefixes
+    def __init__(
+        self,
+        engine: Scorer,
+        open_prefixes: Callable[[int], list[OpenPrefix]],
+        report: Callable[[CacheAudit], None] = lambda _: None,
+    ) -> None:
+        """`open_prefixes`: gives those of the trees that grow now; `report` is told of every audit,
+        whoever asked for it."""
+        self._engine, self._open_prefixes, self._report = engine, open_prefixes, report
 
     async def audit(self, samples: int) -> CacheAudit:
         """Audits up to `samples` prefixes. Raises EngineError or NoReplyError."""
         total = CacheAudit()
-        for prefix in self._open_prefixes(samples):
-            if comparison := await self._compare(prefix):
-                total = _sum(total, comparison)
+        try:
+            for prefix in self._open_prefixes(samples):
+                if comparison := await self._compare(prefix):
+                    total = _sum(total, comparison)
+        finally:
+            self._report(total)  # also of what was compared before it failed
         return total
 
-    async def run(self, every_s: float, report: Callable[[CacheAudit], None]) -> None:
+    async def run(self, every_s: float) -> None:
         """Audits one prefix every `every_s` seconds, for ever."""
         while True:
             await asyncio.sleep(every_s)
             try:
-                report(await self.audit(1))
+                await self.audit(1)
             except (EngineError, NoReplyError) as error:
                 _log.warning("cache audit failed: %s", error)
 

@@ -61,8 +61,8 @@ class TreeCache:
 
     async def close(self, name: str) -> TreeAccount:
         """Releases the tree. Raises NoReplyError."""
+        self._open.pop(name, None)  # first: `keep_open` would open it again before the answer
         replies = await self._ask(closed=[name])
-        self._open.pop(name, None)
         return TreeAccount(*map(sum, zip(*(reply.accounts[0] for reply in replies), strict=True)))
 
     def drop(self, name: str) -> None:

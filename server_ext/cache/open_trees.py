@@ -64,8 +64,9 @@ class OpenTrees:
     belongs to the tree whose name is its id up to the last "/".
     """
 
-    def __init__(self, capacity_tokens: int) -> None:
-        self.capacity_tokens = capacity_tokens
+    def __init__(self, capacity_tokens: int, page_tokens: int = 1) -> None:
+        """`page_tokens`: the cache keeps and finds prefixes in whole pages."""
+        self.capacity_tokens, self._page_tokens = capacity_tokens, page_tokens
         self.evicted_tokens = 0
         """Tokens of open trees that were evicted, ever."""
         self.digest = 0
@@ -121,7 +122,9 @@ class OpenTrees:
         self._lower_floor()
 
     def started(self, rid: str) -> None:
-        """The request looks for its prefix, perhaps not for the first time."""
+        """The request looks for its prefix, perhaps not for the first time; not to be called for
+        one that has computed it before, under other weights: how much of it was cached counts
+        once."""
         if tree := self._of(rid):
             tree.started.setdefault(rid, tree.known.paths)
 
@@ -137,8 +140,10 @@ class OpenTrees:
         tree.cached += cached_tokens
         overlap = tree.known.overlap(path)
         known, covered = overlap.earlier(tree.started.pop(rid, 0)), overlap.held()
-        # the engine computes a prompt's last token in any case
-        tree.refilled += max(min(known, prompt_tokens - 1) - cached_tokens, 0)
+        # the engine computes a prompt's last token in any case, and what fills no page
+        found = min(known, prompt_tokens - 1)
+        found -= found % self._page_tokens
+        tree.refilled += max(found - cached_tokens, 0)
         end = tree.known.add(path, overlap)
         if node not in tree.nodes:
             tree.protected += end.depth - covered

@@ -46,7 +46,7 @@ class IbTreeCache(UnifiedRadixCache):  # type: ignore[misc]
         fraction = float(os.environ.get(FRACTION_VARIABLE, DEFAULT_FRACTION))
         allocator = params.token_to_kv_pool_allocator
         self.pool_tokens = int(allocator.size)
-        self.trees = OpenTrees(int(self.pool_tokens * fraction))
+        self.trees = OpenTrees(int(self.pool_tokens * fraction), int(allocator.page_size))
         self._updates = 0
         self._inserting: Any = None
         """The request that inserts now, else None."""
@@ -82,7 +82,8 @@ class IbTreeCache(UnifiedRadixCache):  # type: ignore[misc]
             # what it finds and computes from now on belongs to these weights, and if they change
             # under it, to them still: it may not mix with what is computed afresh
             request.ibtree_weights = self.weights
-            self.trees.started(request.rid)
+            if not request.retracted_stain:  # SGLang counts its cached tokens once
+                self.trees.started(request.rid)
         return super().match_prefix(replace(params, key=self._key(params.key, request)))
 
     def insert(self, params: InsertParams) -> InsertResult:

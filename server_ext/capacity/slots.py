@@ -3,38 +3,56 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from server_ext.capacity.shares import Kind, Shares
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A rollout that waits for a slot, or has one."""
+
+    tree: str
+    kind: Kind
+    granted: asyncio.Future[float]
+    """When it got it, on the clock of the shares."""
 
 
 class Slots:
-    """A free slot goes to an urgent tree first, then to the tree with the fewest rollouts in
-    flight, then to the one that has waited longest. For one event loop."""
+    """A free slot goes to the kind of trees whose turn it is by its share; there to the tree with
+    the fewest rollouts in flight, then to the one that has waited longest. For one event loop."""
 
-    def __init__(self, count: int) -> None:
-        self._free = count
+    def __init__(self, count: int, shares: Shares) -> None:
+        self._count = self._free = count
+        self._shares = shares
         self._in_flight: Counter[str] = Counter()
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
-        self._urgent: set[str] = set()
-        self._idle: list[asyncio.Future[None]] = []
-        """Those who wait for slots that nobody claims."""
+        self._waiting: dict[Kind, dict[str, deque[_Turn]]] = {kind: {} for kind in Kind}
+        self._changes: list[asyncio.Future[None]] = []
+        """Those who wait for a change."""
 
-    @property
-    def unclaimed(self) -> int:
-        """Slots that are free although no rollout waits."""
-        return 0 if self._waiting else self._free
+    def unclaimed(self, kind: Kind) -> int:
+        """Slots that more trees of the kind could use: none while its rollouts wait; else those
+        that are free or, if the other kind has all, those that its share still gives it."""
+        if self._waiting[kind]:
+            return 0
+        if not any(self._waiting.values()):
+            return self._free
+        return max(math.ceil(self._count * self._shares.share(kind)) - self._held(kind), 0)
 
     async def changed(self) -> None:
         """Returns when a slot was given, left, or claimed."""
         change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._idle.append(change)
+        self._changes.append(change)
         await change
 
     def tell(self) -> None:
         """Wakes those who wait for a change."""
-        waiting, self._idle = self._idle, []
-        for change in waiting:
+        changes, self._changes = self._changes, []
+        for change in changes:
             if not change.done():
                 change.set_result(None)
 
@@ -44,54 +62,60 @@ class Slots:
         return self._in_flight.total()
 
     @asynccontextmanager
-    async def slot(self, tree: str, *, urgent: bool = False) -> AsyncIterator[None]:
+    async def slot(self, tree: str, kind: Kind = Kind.QUEUED) -> AsyncIterator[None]:
         """Waits until a rollout of the tree has its turn; it has the slot for the block."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tree, deque()).append(turn)
-        if urgent:
-            self._urgent.add(tree)
+        turn = _Turn(tree, kind, asyncio.get_running_loop().create_future())
+        if not self._waiting[kind]:
+            self._shares.wants(kind)
+        self._waiting[kind].setdefault(tree, deque()).append(turn)
         self._grant()
         self.tell()
         try:
-            await turn
+            await turn.granted
             yield
         finally:
-            if turn.done() and not turn.cancelled():
-                self._release(tree)
+            if turn.granted.done() and not turn.granted.cancelled():
+                self._release(turn)
             else:
-                self._forget(tree, turn)
+                self._forget(turn)
+                self.tell()
 
     def give_up(self, tree: str) -> None:
         """Cancels the tree's rollouts that still wait."""
-        for turn in self._waiting.pop(tree, ()):
-            turn.cancel()
+        for waiting in self._waiting.values():
+            for turn in waiting.pop(tree, ()):
+                turn.granted.cancel()
+
+    def _held(self, kind: Kind) -> int:
+        return self._shares.running[kind]
 
     def _grant(self) -> None:
-        while self._free and self._waiting:
-            tree = min(self._waiting, key=lambda t: (t not in self._urgent, self._in_flight[t]))
-            turn = self._waiting[tree][0]
-            self._forget(tree, turn)
-            if not turn.cancelled():  # its task was cancelled, and has not run since
+        while self._free and (kinds := [kind for kind in Kind if self._waiting[kind]]):
+            kind = self._shares.next(kinds)
+            waiting = self._waiting[kind]
+            turn = waiting[min(waiting, key=self._in_flight.__getitem__)][0]
+            self._forget(turn)
+            if not turn.granted.cancelled():  # its task was cancelled, and has not run since
                 self._free -= 1
-                self._in_flight[tree] += 1
-                turn.set_result(None)
+                self._in_flight[turn.tree] += 1
+                turn.granted.set_result(self._shares.begin(kind))
 
-    def _forget(self, tree: str, turn: asyncio.Future[None]) -> None:
+    def _forget(self, turn: _Turn) -> None:
         """The turn is no longer waited for."""
-        line = self._waiting.get(tree, deque())
+        waiting = self._waiting[turn.kind]
+        line = waiting.get(turn.tree, deque())
         if turn in line:
             line.remove(turn)
             # a tree that goes on waiting stands behind those that wait already
-            del self._waiting[tree]
+            del waiting[turn.tree]
             if line:
-                self._waiting[tree] = line
+                waiting[turn.tree] = line
 
-    def _release(self, tree: str) -> None:
+    def _release(self, turn: _Turn) -> None:
         self._free += 1
-        self._in_flight[tree] -= 1
-        if not self._in_flight[tree]:
-            del self._in_flight[tree]
-            if tree not in self._waiting:
-                self._urgent.discard(tree)
+        self._shares.end(turn.kind, turn.granted.result())
+        self._in_flight[turn.tree] -= 1
+        if not self._in_flight[turn.tree]:
+            del self._in_flight[turn.tree]
         self._grant()
         self.tell()

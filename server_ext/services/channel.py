@@ -1,13 +1,20 @@
-"""Options of the server's gRPC port, and of the memory that its messages take."""
+"""The server's gRPC port: its options and limits, and the memory that its messages take."""
 
 from __future__ import annotations
 
 import ctypes
 
+import grpc
+
+from ibtree.wire.calls import LARGE_BYTES, METHODS
+from server_ext.services.arrival import Arrival
+
 SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not take some of its calls
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    # refused as soon as its length is known; arrival.py has less for most methods
+    ("grpc.max_receive_message_length", LARGE_BYTES),
     ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a connection that says nothing
     # a caller whose machine is gone would keep what its call holds until the deadline
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -18,6 +25,23 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.lookahead_bytes", 512 * 1024),
     ("grpc.http2.bdp_probe", 0),
 ]
+
+OTHER_CALLS = 256
+"""Calls at once besides those of SampleTree: beyond, they end with RESOURCE_EXHAUSTED."""
+
+
+def grpc_server(
+    most_calls: int, message_timeout_s: float, options: list[tuple[str, int]] | None = None
+) -> grpc.aio.Server:
+    """A server for `most_calls` at once, whose messages have to arrive within
+    `message_timeout_s`."""
+    limits = {method.path: method.most_bytes for method in METHODS}
+    return grpc.aio.server(
+        interceptors=[Arrival(message_timeout_s, limits)],
+        options=SERVER_OPTIONS if options is None else options,
+        maximum_concurrent_rpcs=most_calls,
+    )
+
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 

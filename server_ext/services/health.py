@@ -1,7 +1,9 @@
 """gRPC health, on the main port and, from the first second on, on a port of its own.
 
 The health port has its own threads: it answers NOT_SERVING while the engine loads, and again when
-the event loop has not turned for a while, so that a probe sees a hung server.
+the event loop has not turned for a while, so that a probe sees a hung server. A call holds a thread
+from its beginning on, also while its message does not come; so there are many threads (made when
+they are needed), and connections do not last: a probe makes a new one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from ibtree.wire import calls
 
 SERVICES = ("", *(f"ibtree.v1.{name}" for name in calls.SERVICES))
 _STALE_S = 60.0
-_WATCHES = 8
+_MOST_CALLS = 256
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 4096),
+    ("grpc.server_handshake_timeout_ms", 2_000),
+    # what a connection holds is free again after these two
+    ("grpc.max_connection_age_ms", 2_000),
+    ("grpc.max_connection_age_grace_ms", 1_000),
+]
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
@@ -53,9 +63,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 def serve_health(servicer: Health, address: str) -> tuple[grpc.Server, int]:
     """A started server on `address` and the port it took. Raises RuntimeError if it is in use."""
     server = grpc.server(
-        ThreadPoolExecutor(2, thread_name_prefix="health"),
-        options=[("grpc.so_reuseport", 0)],
-        maximum_concurrent_rpcs=_WATCHES,
+        ThreadPoolExecutor(_MOST_CALLS, thread_name_prefix="health"),
+        options=_OPTIONS,
+        maximum_concurrent_rpcs=_MOST_CALLS,
     )
     servicer.add_to(server)
     port = server.add_insecure_port(address)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -13,21 +13,23 @@ from google.protobuf.message import DecodeError
 
 from ibtree.errors import FieldError
 from ibtree.messages import Expansion
-from ibtree.tree import Tree
+from ibtree.tree.options import check_integer
+from ibtree.wire.calls import MOST_PROMPTS
 from ibtree.wire.messages import expansion_to_proto, progress_to_proto, prompt_from_proto
-from ibtree.wire.trees import tree_to_proto
+from ibtree.wire.parts import tree_messages
 from ibtree.wire.unparsed import UnparsedPrompts
 from ibtree.wire.v1 import sampling_pb2 as pb
 from ibtree.wire.v1 import sampling_pb2_grpc
+from server_ext.capacity.shares import Kind
 from server_ext.errors import BusyError, QueueFullError
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.producer import Producer
 from server_ext.services.statuses import reported
 from server_ext.trees.forest import Forest
+from server_ext.trees.growths import Growths
 from server_ext.trees.job import Job
 
-_MAX_PROMPTS = 10_000
 _SLICE = 64
 """Prompts checked in a row: then trees that wait for the same thread have their turn."""
 _PROGRESS_S = 10.0
@@ -42,65 +44,82 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
     ) -> None:
         self._forest, self._journal, self._producer = forest, journal, producer
         self._max_queued = max_queued
-        self.interactive = 0
+        self._growths = Growths()
+
+    @property
+    def interactive(self) -> int:
         """Trees growing for SampleTree calls now."""
+        return self._growths.growing
+
+    async def stop(self) -> None:
+        """Ends the trees that grow for SampleTree calls."""
+        await self._growths.stop()
 
     def add_to(self, server: Any) -> None:
         sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(self, server)
+        sample = grpc.unary_stream_rpc_method_handler(
+            self.SampleTree,
+            request_deserializer=pb.SampleTreeRequest.FromString,
+            response_serializer=_serialized,
+        )
         submit = grpc.unary_unary_rpc_method_handler(
             self.SubmitPrompts,
             request_deserializer=UnparsedPrompts.FromString,
             response_serializer=pb.SubmitPromptsResponse.SerializeToString,
         )
         service = pb.DESCRIPTOR.services_by_name["TreeSamplingService"].full_name
-        server.add_registered_method_handlers(service, {"SubmitPrompts": submit})
+        own = {"SampleTree": sample, "SubmitPrompts": submit}
+        server.add_registered_method_handlers(service, own)
 
-    async def SampleTree(
+    async def SampleTree(  # type: ignore[override]  # yields the tree's messages as bytes
         self, request: pb.SampleTreeRequest, context: Any
-    ) -> AsyncIterator[pb.SampleTreeResponse]:
+    ) -> AsyncIterator[pb.SampleTreeResponse | bytes]:
+        arrived, came_s = time.time(), time.monotonic()
         async with reported(context):
+            check_integer("received_expansions", request.received_expansions, 0, 2**31 - 1)
             job = await self._forest.off_loop(self._job, request.prompt)
-            job = replace(job, include_text=request.include_text, urgent=True)
-            async for message in self._events(job, tree_only=request.tree_only):
-                yield message
+            deadline_s = job.options.deadline_s
+            until = None if deadline_s is None else came_s + deadline_s
+            job = replace(job, include_text=request.include_text, kind=Kind.CALL, until=until)
+            grow = partial(self._grow, request.tree_only, arrived)
+            growth = self._growths.attach(request.call_id, _content(request), job, grow)
+            stream = growth.stream
+            try:
+                events = growth.expansions(stream, request.received_expansions, _PROGRESS_S)
+                async for event in events:
+                    if event is None:  # quiet connections are taken for dead, by proxies and people
+                        progress = self._forest.progress(growth.job, arrived)
+                        yield pb.SampleTreeResponse(progress=progress_to_proto(progress))
+                    else:
+                        yield pb.SampleTreeResponse(expansion=expansion_to_proto(event))
+                for message in growth.task.result():
+                    yield message
+            finally:
+                in_time = context.time_remaining()
+                keep = in_time is None or in_time > 0
+                await self._growths.detach(growth, stream, keep=keep)
 
-    async def _events(self, job: Job, *, tree_only: bool) -> AsyncIterator[pb.SampleTreeResponse]:
-        arrived = time.time()
-        events: asyncio.Queue[pb.SampleTreeResponse | None] = asyncio.Queue()
+    async def _grow(
+        self, tree_only: bool, arrived: float, job: Job, emit: Callable[[Expansion], None]
+    ) -> list[bytes]:
+        """The stream's last messages."""
+        tree = await self._forest.grow_for_call(job, _ignore if tree_only else emit, arrived)
+        text = self._forest.text if job.include_text else None
+        return await self._forest.off_loop(tree_messages, tree, text)
 
-        def emit(event: Expansion) -> None:
-            if not tree_only:
-                events.put_nowait(pb.SampleTreeResponse(expansion=expansion_to_proto(event)))
-
-        async def grow() -> Tree:
-            async with self._forest.calls.permit():
-                return await self._forest.grow(job, emit, arrived)
-
-        growth = asyncio.create_task(grow())
-        growth.add_done_callback(lambda _: events.put_nowait(None))
-        self.interactive += 1
-        try:
-            while True:
-                try:
-                    event = await asyncio.wait_for(events.get(), _PROGRESS_S)
-                except TimeoutError:  # quiet connections are taken for dead, by proxies and people
-                    progress = self._forest.progress(job, arrived)
-                    event = pb.SampleTreeResponse(progress=progress_to_proto(progress))
-                if event is None:
-                    break
-                yield event
-            text = self._forest.text if job.include_text else None
-            tree = await self._forest.off_loop(tree_to_proto, growth.result(), text)
-            yield pb.SampleTreeResponse(tree=tree)
-        finally:  # also when the caller cancels: its rollouts are aborted
-            self.interactive -= 1
-            growth.cancel()
-            await asyncio.wait({growth})
+    async def CancelTree(
+        self, request: pb.CancelTreeRequest, context: Any
+    ) -> pb.CancelTreeResponse:
+        async with reported(context):
+            if not request.call_id:
+                raise FieldError("call_id", "empty", "the call_id of a SampleTree call")
+            await self._growths.cancel(request.call_id)
+        return pb.CancelTreeResponse()
 
     async def SubmitPrompts(self, request: Any, context: Any) -> pb.SubmitPromptsResponse:
         """`request`: UnparsedPrompts."""
         async with reported(context):
-            most = min(_MAX_PROMPTS, self._max_queued)
+            most = min(MOST_PROMPTS, self._max_queued)
             count = len(request.prompts)
             if not 1 <= count <= most:
                 raise FieldError("prompts", f"got {count}", f"1 to {most} a call")
@@ -112,7 +131,9 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
                     Journal.submit, rows.items(), self._max_queued
                 )
             except QueueFullError as error:
-                raise BusyError(str(error), self._forest.pace.expected_s(error.excess)) from error
+                raise BusyError(
+                    str(error), self._forest.paces[Kind.QUEUED].expected_s(error.excess)
+                ) from error
             self._producer.notify()
             return pb.SubmitPromptsResponse(accepted=accepted, known=known)
 
@@ -136,3 +157,20 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
                 where = f"prompts[{i}]: {error.field}"
                 raise FieldError(where, error.problem, error.allowed) from error
             rows[prompt.id] = prompt.SerializeToString(deterministic=True)
+
+
+def _serialized(message: pb.SampleTreeResponse | bytes) -> bytes:
+    """A tree's messages are made beside the event loop, as bytes."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
+def _content(request: pb.SampleTreeRequest) -> bytes:
+    """What a call asks for, whichever attempt it is."""
+    asked = pb.SampleTreeRequest(
+        prompt=request.prompt, include_text=request.include_text, tree_only=request.tree_only
+    )
+    return asked.SerializeToString(deterministic=True)
+
+
+def _ignore(_: Expansion) -> None:
+    pass

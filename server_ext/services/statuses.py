@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from ibtree.errors import IbtpoError
+from ibtree.errors import ERROR_KEY, IbtpoError
 from server_ext.errors import BusyError
 
 _log = logging.getLogger(__name__)
@@ -21,11 +21,12 @@ def _short(text: str) -> str:
     return text if len(text) <= _MOST_DETAILS else f"{text[:1200]} … {text[-400:]}"
 
 
-def _hint(error: Exception) -> tuple[tuple[str, str], ...]:
-    """gRPC's own trailing metadata for "come back later"."""
+def _metadata(error: Exception) -> tuple[tuple[str, str], ...]:
+    """Says that it is no broken connection; and gRPC's own hint for "come back later"."""
+    own = ((ERROR_KEY, type(error).__name__),)
     if not isinstance(error, BusyError):
-        return ()
-    return (("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))),)
+        return own
+    return (*own, ("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
 
 
 class reported:
@@ -42,11 +43,11 @@ class reported:
             return
         if isinstance(error, IbtpoError):
             code = grpc.StatusCode[error.status]
-            await self._context.abort(code, _short(str(error)), _hint(error))
+            await self._context.abort(code, _short(str(error)), _metadata(error))
         if isinstance(error, OSError) and error.errno in _FULL:
             problem = f"the server's disk is full ({error}); nothing was taken"
-            await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _short(problem))
+            full = grpc.StatusCode.RESOURCE_EXHAUSTED
+            await self._context.abort(full, _short(problem), _metadata(error))
         _log.error("a call failed", exc_info=error)
-        await self._context.abort(
-            grpc.StatusCode.INTERNAL, _short(f"{type(error).__name__}: {error}")
-        )
+        told = _short(f"{type(error).__name__}: {error}")
+        await self._context.abort(grpc.StatusCode.INTERNAL, told, _metadata(error))

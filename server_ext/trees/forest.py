@@ -6,8 +6,11 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from enum import Enum
+from typing import TypeVar
 
 from ibtree.errors import FieldError
 from ibtree.messages import Chat, Expansion, Progress, Prompt
@@ -15,9 +18,12 @@ from ibtree.tree import Tree
 from ibtree.tree.options import TreeOptions, changed, check_choice, completed
 from server_ext.cache.audit import OpenPrefix
 from server_ext.capacity.admission import Admission
-from server_ext.capacity.calls import Calls, Pace
+from server_ext.capacity.calls import Calls
+from server_ext.capacity.pace import Pace
+from server_ext.capacity.shares import Kind, Shares, shares_of
 from server_ext.capacity.slots import Slots
 from server_ext.engine.port import Engine
+from server_ext.errors import GrowthError
 from server_ext.rewards.base import Graders
 from server_ext.trees.cutter import StepCutter
 from server_ext.trees.grower import SCHEDULES, Grower
@@ -28,8 +34,17 @@ from server_ext.trees.sampler import SamplerParts, TreeSampler
 from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
 
+T = TypeVar("T")
 _MAX_ID_CHARACTERS = 256
 _NO_LIMIT = 2**31
+
+
+class Outcome(Enum):
+    """How the growth of a tree ended."""
+
+    SCORED = "scored"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 class Forest:
@@ -49,23 +64,27 @@ class Forest:
         max_calls: int,
         max_waiting_calls: int,
         max_rollouts: int,
+        call_share: float = 0.75,
         cache_tokens: int | None,
-        ended: Callable[[Tree], None] = lambda _: None,
+        ended: Callable[[Tree, Kind, Outcome], None] = lambda *_: None,
     ) -> None:
         """`max_rollouts` may be in flight at once, and trees of queued prompts are opened until
-        they are, at most `max_open_trees` (0: no limit of its own); `cache_tokens`: what the radix
-        cache can hold for open trees (None: nobody knows); `ended` is told of each tree that was
-        grown to its end."""
+        they are, at most `max_open_trees` (0: no limit of its own); `call_share`, in (0, 1): what
+        calls have of slots and cache while queued prompts want them too; `cache_tokens`: what the
+        radix cache can hold for open trees (None: nobody knows); `ended` is told of each tree that
+        began to grow, when it has ended."""
         self.defaults, self.model_id = defaults, model_id
-        self.slots, self.pace = Slots(max_rollouts), Pace()
+        shares = shares_of(call_share)
+        self.slots = Slots(max_rollouts, Shares(shares))
+        self.paces = {kind: Pace() for kind in Kind}
         rollouts = OffLoop("rollouts")
         self._sampler_parts = SamplerParts(engine, tokenizer, graders, self.slots, rollouts)
         self._engine, self._tokenizer = engine, tokenizer
         self._graders, self._default_grader = graders, default_grader
         self._limits = limits
         self.permits = asyncio.Semaphore(max_open_trees or _NO_LIMIT)
-        self.calls = Calls(max_calls, max_waiting_calls, self.pace)
-        self._admission = Admission(cache_tokens)
+        self.calls = Calls(max_calls, max_waiting_calls, self.paces[Kind.CALL])
+        self._admission = Admission(cache_tokens, shares)
         self._ended = ended
         self._open: dict[str, Tree] = {}
         self._samplers: dict[int, tuple[Tree, TreeSampler]] = {}
@@ -78,9 +97,10 @@ class Forest:
         limits.applied(defaults)
 
     async def wants_tree(self) -> None:
-        """Returns when the engine has slots that no growing tree will claim, and no tree waits for
-        room in the cache."""
-        while self._admission.waiting or self.slots.unclaimed <= self._starting:
+        """Returns when there are slots for queued prompts that none of their trees will claim, and
+        no such tree waits for room in the cache."""
+        kind = Kind.QUEUED
+        while self._admission.waiting(kind) or self.slots.unclaimed(kind) <= self._starting:
             await self.slots.changed()
 
     def expect(self, rollouts: int) -> None:
@@ -169,6 +189,29 @@ class Forest:
         """Text of generated ids, special tokens left out."""
         return self._tokenizer.decode(token_ids, special=False)
 
+    async def grow_for_call(
+        self, job: Job, emit: Callable[[Expansion], None], arrived_at: float
+    ) -> Tree:
+        """Grows the tree of a call's job as soon as a permit for calls is free. Raises GrowthError
+        if the job's deadline passes before. `arrived_at`: when the call came [Unix seconds]."""
+        async with self._in_time(self.calls.permit(), job.until, "a permit (--max-calls)"):
+            return await self.grow(job, emit, arrived_at)
+
+    @asynccontextmanager
+    async def _in_time(
+        self, room: AbstractAsyncContextManager[T], until: float | None, what: str
+    ) -> AsyncIterator[T]:
+        """The room; raises GrowthError if the deadline comes before there is any."""
+        async with AsyncExitStack() as stack:
+            timeout_s = None if until is None else until - time.monotonic()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    entered = await stack.enter_async_context(room)
+            except TimeoutError as error:
+                problem = f"no rollout finished (deadline): the call waited for {what}"
+                raise GrowthError(problem) from error
+            yield entered
+
     async def grow(
         self,
         job: Job,
@@ -178,18 +221,17 @@ class Forest:
     ) -> Tree:
         """Grows the job's tree; hold a permit. `submitted_at` is Unix seconds; `began` is told
         when its first rollouts claim their slots."""
-        options = job.options
+        options, pace = job.options, self.paces[job.kind]
         most_tokens = options.trajectories * options.sampling.max_new_tokens
+        room = self._admission.reserve(len(job.token_ids), most_tokens, job.kind)
         try:
-            async with self._admission.reserve(
-                len(job.token_ids), most_tokens, urgent=job.urgent
-            ) as reservation:
-                tree = await self._grow(job, emit, submitted_at, began)
-                self._admission.ended(reservation, tree.unique_tokens)
+            with pace.growing():
+                async with self._in_time(room, job.until, "room in the cache") as reservation:
+                    tree = await self._grow(job, emit, submitted_at, began)
+                    self._admission.ended(reservation, tree.unique_tokens)
+                pace.ended()
         finally:
             self.slots.tell()  # whether another tree is wanted depends on who waits for room too
-        self.pace.ended()
-        self._ended(tree)
         return tree
 
     async def _grow(
@@ -222,15 +264,22 @@ class Forest:
         self._engine.trees.open(name)
         self._open[name] = tree
         self._samplers[id(job)] = tree, sampler
+        outcome = Outcome.FAILED
         try:
-            await Grower(tree, strategy_named(job.options.strategy), sampler, tell).grow()
+            strategy = strategy_named(job.options.strategy)
+            await Grower(tree, strategy, sampler, tell, job.until).grow()
             account = await self._engine.trees.close(name)
+            tree.ledger.refilled_tokens = account.refilled
+            tree.ledger.protected_tokens = account.protected
+            outcome = Outcome.SCORED
+        except asyncio.CancelledError:
+            outcome = Outcome.CANCELLED
+            raise
         finally:
             sampler.close()
             del self._open[name], self._samplers[id(job)]
             self._engine.trees.drop(name)
-        tree.ledger.refilled_tokens = account.refilled
-        tree.ledger.protected_tokens = account.protected
+            self._ended(tree, job.kind, outcome)
         return tree
 
     def open_prefixes(self, most: int | None = None) -> list[OpenPrefix]:

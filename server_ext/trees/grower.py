@@ -20,6 +20,9 @@ from server_ext.errors import GrowthError, RolloutLostError
 from server_ext.trees.strategies import Strategy
 
 _ABORT_GRACE_S = 10.0
+"""How long rollouts that were aborted may take to end, and those that had ended to be graded."""
+_ABORT_EVERY_S = 0.5
+"""An engine does not hear of a rollout that is only on its way to it: it is told again."""
 SCHEDULES = ("rounds", "eager")
 
 
@@ -52,16 +55,28 @@ class Sampler(Protocol):
         """Rewards by end node that change now that the trajectory is in the tree and ends with
         node `end`: for graders that compare trajectories."""
 
+    def unfinished_tokens(self) -> int:
+        """What rollouts in flight have generated so far [tokens]."""
+
     def abort(self, tree: Tree) -> None:
-        """Ends the tree's rollouts in flight early; `roll` returns them with finish NONE."""
+        """Ends the tree's rollouts in flight early; `roll` returns them with finish NONE. May be
+        called again while some are still in flight."""
 
 
 class Grower:
     """Grows one tree; `emit` is called once per finished rollout, in order of insertion."""
 
     def __init__(
-        self, tree: Tree, strategy: Strategy, sampler: Sampler, emit: Callable[[Expansion], None]
+        self,
+        tree: Tree,
+        strategy: Strategy,
+        sampler: Sampler,
+        emit: Callable[[Expansion], None],
+        until: float | None = None,
     ) -> None:
+        """`until`: when the tree's deadline is, on the monotonic clock; None: its `deadline_s`, if
+        it has one, runs from `grow` on."""
+        self._until = until
         self._tree, self._strategy, self._sampler, self._emit = tree, strategy, sampler, emit
         self._first = strategy.first(tree.options)
         self._started = 0
@@ -77,19 +92,23 @@ class Grower:
         finished, RolloutLostError or what the sampler raises if one was lost; cancelling it
         cancels the rollouts in flight."""
         tree, deadline_s = self._tree, self._tree.options.deadline_s
-        began = time.monotonic()
-        until = None if deadline_s is None else began + deadline_s
+        began, until = time.monotonic(), self._until
+        if until is None and deadline_s is not None:
+            until = began + deadline_s
+        cause = StopCause.GROWING
         try:
-            while (cause := self._cause(until)) is StopCause.GROWING or self._in_flight:
+            while cause is StopCause.GROWING or self._in_flight:
+                if cause is StopCause.GROWING:
+                    cause = self._cause(until)
                 if cause is StopCause.GROWING:
                     for start in self._starts():
                         self._launch(start)
-                if not self._in_flight:
-                    cause = StopCause.NO_CANDIDATE
-                    break
-                await self._wait(until)
+                    if not self._in_flight:
+                        cause = StopCause.NO_CANDIDATE
+                if self._in_flight and not await self._wait(until):
+                    cause = StopCause.DEADLINE
         finally:
-            await _end([*self._in_flight, *self._grades.values()])
+            await self._cancel()
         tree.stop_cause = cause
         tree.ledger.wall_s = time.monotonic() - began
         if not tree.trajectories:
@@ -100,17 +119,18 @@ class Grower:
         return tree
 
     def _cause(self, until: float | None) -> StopCause:
-        """Why no more rollouts start; GROWING: they do."""
+        """Why no more rollouts start; GROWING: they do. A tree that has all it was to have is not
+        late, whatever the time."""
         options = self._tree.options
         limit = options.max_generated_tokens
-        if until is not None and time.monotonic() >= until:
-            return StopCause.DEADLINE
         if self._started >= options.shape_trajectories:
             return StopCause.COMPLETE
         if self._started >= options.trajectories:
             return StopCause.MAX_TRAJECTORIES
         if limit is not None and self._tree.ledger.generated_tokens >= limit:
             return StopCause.TOKEN_BUDGET
+        if until is not None and time.monotonic() >= until:
+            return StopCause.DEADLINE
         return StopCause.GROWING
 
     def _starts(self) -> list[int]:
@@ -138,23 +158,38 @@ class Grower:
         self._in_flight[asyncio.create_task(roll(self._started))] = start
         self._started += 1
 
-    async def _wait(self, until: float | None) -> None:
-        """Waits until a rollout ended, or for the deadline: then all are aborted."""
+    async def _wait(self, until: float | None) -> bool:
+        """Waits until a rollout ended, or for the deadline: then all are aborted. Whether all that
+        began are in the tree, or may still come."""
         timeout_s = None if until is None else max(until - time.monotonic(), 0.0)
         done, _ = await asyncio.wait(
             self._in_flight, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
         )
         if not done:
-            self._aborting = True
-            self._sampler.abort(self._tree)
-            await asyncio.wait(self._in_flight, timeout=_ABORT_GRACE_S)
-            await _end([*self._in_flight])
-            self._in_flight.clear()
-            return
+            await self._give_up()
+            return self._tree.trajectories == self._started
         for task in done:
             del self._in_flight[task]
         for task in done:
             task.result()  # a lost rollout fails the tree
+        return True
+
+    async def _give_up(self) -> None:
+        """Ends the rollouts in flight: aborted ones are dropped, those that had ended are graded
+        and kept if that does not take long."""
+        self._aborting = True
+        end = time.monotonic() + _ABORT_GRACE_S
+        pending = {*self._in_flight}
+        while pending and (left_s := end - time.monotonic()) > 0:
+            self._sampler.abort(self._tree)
+            _, pending = await asyncio.wait(pending, timeout=min(_ABORT_EVERY_S, left_s))
+        await self._cancel()
+
+    async def _cancel(self) -> None:
+        """Ends what still runs. What rollouts generated is counted, though nobody gets it."""
+        self._tree.ledger.generated_tokens += self._sampler.unfinished_tokens()
+        await _end([*self._in_flight, *self._grades.values()])
+        self._in_flight.clear()
 
     async def _insert(self, number: int, start: int, rollout: Rollout) -> None:
         tree, ledger = self._tree, self._tree.ledger

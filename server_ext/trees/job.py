@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ibtree.tree import TreeOptions
+from server_ext.capacity.shares import Kind
 
 
 @dataclass(frozen=True)
@@ -18,5 +19,8 @@ class Job:
     options: TreeOptions
     include_text: bool = False
     """Whether its expansions carry their text."""
-    urgent: bool = False
-    """Somebody waits for it: its rollouts go before those of queued prompts."""
+    kind: Kind = Kind.QUEUED
+    """Where it comes from: whose share of the engine it takes."""
+    until: float | None = None
+    """When its deadline is, on the monotonic clock. None: its options' `deadline_s`, if there is
+    one, runs from the beginning of its growth on."""

@@ -21,6 +21,7 @@ from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
 
 _WARM_TOKENS = 64
+_NOTHING = Completion((), (), (), Finish.NONE, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ class TreeSampler:
     async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
         if start == 0 and self._shares_prompt and len(tree.prompt) >= _WARM_TOKENS:
             await self._warmed(tree)
-            if self._aborted:
-                return Rollout([], Finish.NONE, 0, 0)
         # told one turn later: until then the others of the first round have claimed theirs too
         asyncio.get_running_loop().call_soon(self._began)
         prefix = tree.prefix(start)
         left = tree.options.sampling.max_new_tokens - len(prefix)
         completion = await self._generate(tree, str(number), prefix, left)
         finish, generated = completion.finish, len(completion.token_ids)
+        if not generated:
+            return Rollout([], finish, completion.prefix_tokens, completion.cached_tokens)
         stopped = await self._stop_length(tree, prefix, completion.token_ids)
         if stopped and finish is not Finish.NONE:
             finish, completion = Finish.STOP, completion.head(stopped)
@@ -111,7 +112,11 @@ class TreeSampler:
         self, tree: Tree, number: str, prefix: tuple[int, ...], max_new_tokens: int
     ) -> Completion:
         rid = f"{self._name}/{number}"
-        async with self._slots.slot(self._name, urgent=self._job.urgent):
+        if self._aborted:
+            return _NOTHING
+        async with self._slots.slot(self._name, self._job.kind):
+            if self._aborted:  # between the slot's being given and this turn
+                return _NOTHING
             self._in_flight.add(rid)
             try:
                 sampling, token_ids = tree.options.sampling, (*tree.prompt, *prefix)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,8 +36,11 @@ def ibtpo(server: Server, *line: str) -> dict[str, float]:
 def metrics(server: Server) -> dict[str, float]:
     with urllib.request.urlopen(f"http://{server.web}/metrics", timeout=10) as response:
         text = response.read().decode()
-    families = text_string_to_metric_families(text)
-    return {sample.name: sample.value for family in families for sample in family.samples}
+    found = Counter[str]()  # sums over labels
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] += sample.value
+    return found
 
 
 def test_a_tree_knows_what_it_held_and_reused(server: Server) -> None:

@@ -19,6 +19,7 @@ class Proxy:
         """Bytes that clients sent so far."""
         self.broken = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
@@ -30,9 +31,16 @@ class Proxy:
         for task in self._tasks:
             task.cancel()
 
+    def break_all(self) -> None:
+        """Every connection breaks now."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(self._host, self._port)
         left = self._cuts.popleft() if self._cuts else None
+        self._writers |= {writer, back}
 
         async def answers() -> None:
             with suppress(ConnectionError):

@@ -28,7 +28,7 @@ from server_ext.queue.producer import Producer
 from server_ext.rewards.base import Graders
 from server_ext.rewards.exact import ExactGrader
 from server_ext.services.cache import CacheService
-from server_ext.services.channel import SERVER_OPTIONS
+from server_ext.services.channel import SERVER_OPTIONS, grpc_server
 from server_ext.services.queue import QueueService
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
@@ -53,6 +53,9 @@ class Site:
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.weights = Served(folder, limits.get("switch", "interrupt"))
         self._shared_dir = limits.get("shared_dir")
+        self._audited = limits.get("audited", lambda _: None)
+        self._most_calls = limits.get("most_calls", 1000)
+        self._message_timeout_s = limits.get("message_timeout_s", 10.0)
         self.engine, self.updater = self.weights.engine, self.weights.updater
         self.tokenizer = limits.get("tokenizer") or ToyTokenizer()
         open_journal = partial(Journal, folder / "j.sqlite", max_returns=2, max_failures=3)
@@ -69,7 +72,9 @@ class Site:
             max_calls=limits.get("max_calls", 4),
             max_waiting_calls=limits.get("max_waiting_calls", 100),
             max_rollouts=limits.get("max_rollouts", 64),
+            call_share=limits.get("call_share", 0.75),
             cache_tokens=limits.get("cache_tokens", 1_000_000),
+            ended=limits.get("ended", lambda *_: None),
         )
         self.producer = Producer(
             self.journal,
@@ -81,13 +86,14 @@ class Site:
         self.sampling = SamplingService(self.forest, self.journal, self.producer, max_queued)
 
     async def __aenter__(self) -> Self:
-        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        self.server = grpc_server(self._most_calls, self._message_timeout_s, SERVER_OPTIONS)
         self.sampling.add_to(self.server)
         queue = QueueService(self.journal, self.producer, 60.0, lambda: self.sampling.interactive)
         queue_pb2_grpc.add_TreeQueueServiceServicer_to_server(queue, self.server)
         weights = WeightsService(self.updater, self._shared_dir)
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, self.server)
-        cache = CacheService(self.engine.trees, Auditor(self.engine, self.forest.open_prefixes))
+        auditor = Auditor(self.engine, self.forest.open_prefixes, self._audited)
+        cache = CacheService(self.engine.trees, auditor)
         cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self.server)
         self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()
@@ -109,6 +115,7 @@ class Site:
         self.engine.go_on.set()
         self.engine.half_way.set()
         await self.server.stop(0)
+        await self.sampling.stop()
         self.journal.close()
 
     async def still_serves(self) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from ibtree.wire.v1 import tree_pb2 as ibtree_dot_v1_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18ibtree/v1/sampling.proto\x12\tibtree.v1\x1a\x14ibtree/v1/tree.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x9f\x01\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.ibtree.v1.ChatMessage\x12\x38\n\rtemplate_args\x18\x02 \x03(\x0b\x32!.ibtree.v1.Chat.TemplateArgsEntry\x1a\x33\n\x11TemplateArgsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc3\x01\n\x06Prompt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.ibtree.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x07 \x01(\x0b\x32\x0f.ibtree.v1.ChatH\x00\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\t\x12\x0e\n\x06grader\x18\x05 \x01(\t\x12\'\n\x07options\x18\x06 \x01(\x0b\x32\x16.ibtree.v1.TreeOptionsB\t\n\x07\x63ontent\"_\n\x11SampleTreeRequest\x12!\n\x06prompt\x18\x01 \x01(\x0b\x32\x11.ibtree.v1.Prompt\x12\x14\n\x0cinclude_text\x18\x02 \x01(\x08\x12\x11\n\ttree_only\x18\x03 \x01(\x08\"\xdb\x01\n\tExpansion\x12\r\n\x05round\x18\x01 \x01(\x05\x12\x12\n\nstart_node\x18\x02 \x01(\x05\x12\x10\n\x08\x65nd_node\x18\x03 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x04 \x01(\x05\x12\x0e\n\x06reward\x18\x05 \x01(\x01\x12.\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x17.ibtree.v1.FinishReason\x12\x14\n\x0ctrajectories\x18\x07 \x01(\x05\x12\x1b\n\x13target_trajectories\x18\x08 \x01(\x05\x12\x0c\n\x04text\x18\t \x01(\t\"\x86\x01\n\x08Progress\x12\x1a\n\x12rollouts_in_flight\x18\x01 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x03\x12\x14\n\x0ctrajectories\x18\x03 \x01(\x05\x12\x1b\n\x13target_trajectories\x18\x04 \x01(\x05\x12\x11\n\telapsed_s\x18\x05 \x01(\x01\"\x92\x01\n\x12SampleTreeResponse\x12)\n\texpansion\x18\x01 \x01(\x0b\x32\x14.ibtree.v1.ExpansionH\x00\x12\x1f\n\x04tree\x18\x02 \x01(\x0b\x32\x0f.ibtree.v1.TreeH\x00\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x13.ibtree.v1.ProgressH\x00\x42\x07\n\x05\x65vent\":\n\x14SubmitPromptsRequest\x12\"\n\x07prompts\x18\x01 \x03(\x0b\x32\x11.ibtree.v1.Prompt\"8\n\x15SubmitPromptsResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x05\x12\r\n\x05known\x18\x02 \x01(\x05\x32\xb6\x01\n\x13TreeSamplingService\x12K\n\nSampleTree\x12\x1c.ibtree.v1.SampleTreeRequest\x1a\x1d.ibtree.v1.SampleTreeResponse0\x01\x12R\n\rSubmitPrompts\x12\x1f.ibtree.v1.SubmitPromptsRequest\x1a .ibtree.v1.SubmitPromptsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18ibtree/v1/sampling.proto\x12\tibtree.v1\x1a\x14ibtree/v1/tree.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x9f\x01\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.ibtree.v1.ChatMessage\x12\x38\n\rtemplate_args\x18\x02 \x03(\x0b\x32!.ibtree.v1.Chat.TemplateArgsEntry\x1a\x33\n\x11TemplateArgsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xc3\x01\n\x06Prompt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.ibtree.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x07 \x01(\x0b\x32\x0f.ibtree.v1.ChatH\x00\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\t\x12\x0e\n\x06grader\x18\x05 \x01(\t\x12\'\n\x07options\x18\x06 \x01(\x0b\x32\x16.ibtree.v1.TreeOptionsB\t\n\x07\x63ontent\"\x8d\x01\n\x11SampleTreeRequest\x12!\n\x06prompt\x18\x01 \x01(\x0b\x32\x11.ibtree.v1.Prompt\x12\x14\n\x0cinclude_text\x18\x02 \x01(\x08\x12\x11\n\ttree_only\x18\x03 \x01(\x08\x12\x0f\n\x07\x63\x61ll_id\x18\x04 \x01(\t\x12\x1b\n\x13received_expansions\x18\x05 \x01(\x05\"$\n\x11\x43\x61ncelTreeRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\"\x14\n\x12\x43\x61ncelTreeResponse\"\xdb\x01\n\tExpansion\x12\r\n\x05round\x18\x01 \x01(\x05\x12\x12\n\nstart_node\x18\x02 \x01(\x05\x12\x10\n\x08\x65nd_node\x18\x03 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x04 \x01(\x05\x12\x0e\n\x06reward\x18\x05 \x01(\x01\x12.\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x17.ibtree.v1.FinishReason\x12\x14\n\x0ctrajectories\x18\x07 \x01(\x05\x12\x1b\n\x13target_trajectories\x18\x08 \x01(\x05\x12\x0c\n\x04text\x18\t \x01(\t\"\x86\x01\n\x08Progress\x12\x1a\n\x12rollouts_in_flight\x18\x01 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x03\x12\x14\n\x0ctrajectories\x18\x03 \x01(\x05\x12\x1b\n\x13target_trajectories\x18\x04 \x01(\x05\x12\x11\n\telapsed_s\x18\x05 \x01(\x01\"\xa7\x01\n\x12SampleTreeResponse\x12)\n\texpansion\x18\x01 \x01(\x0b\x32\x14.ibtree.v1.ExpansionH\x00\x12\x1f\n\x04tree\x18\x02 \x01(\x0b\x32\x0f.ibtree.v1.TreeH\x00\x12\'\n\x08progress\x18\x03 \x01(\x0b\x32\x13.ibtree.v1.ProgressH\x00\x12\x13\n\ttree_part\x18\x04 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\":\n\x14SubmitPromptsRequest\x12\"\n\x07prompts\x18\x01 \x03(\x0b\x32\x11.ibtree.v1.Prompt\"8\n\x15SubmitPromptsResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x05\x12\r\n\x05known\x18\x02 \x01(\x05\x32\x81\x02\n\x13TreeSamplingService\x12K\n\nSampleTree\x12\x1c.ibtree.v1.SampleTreeRequest\x1a\x1d.ibtree.v1.SampleTreeResponse0\x01\x12I\n\nCancelTree\x12\x1c.ibtree.v1.CancelTreeRequest\x1a\x1d.ibtree.v1.CancelTreeResponse\x12R\n\rSubmitPrompts\x12\x1f.ibtree.v1.SubmitPromptsRequest\x1a .ibtree.v1.SubmitPromptsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,18 +44,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT_TEMPLATEARGSENTRY']._serialized_end=292
   _globals['_PROMPT']._serialized_start=295
   _globals['_PROMPT']._serialized_end=490
-  _globals['_SAMPLETREEREQUEST']._serialized_start=492
-  _globals['_SAMPLETREEREQUEST']._serialized_end=587
-  _globals['_EXPANSION']._serialized_start=590
-  _globals['_EXPANSION']._serialized_end=809
-  _globals['_PROGRESS']._serialized_start=812
-  _globals['_PROGRESS']._serialized_end=946
-  _globals['_SAMPLETREERESPONSE']._serialized_start=949
-  _globals['_SAMPLETREERESPONSE']._serialized_end=1095
-  _globals['_SUBMITPROMPTSREQUEST']._serialized_start=1097
-  _globals['_SUBMITPROMPTSREQUEST']._serialized_end=1155
-  _globals['_SUBMITPROMPTSRESPONSE']._serialized_start=1157
-  _globals['_SUBMITPROMPTSRESPONSE']._serialized_end=1213
-  _globals['_TREESAMPLINGSERVICE']._serialized_start=1216
-  _globals['_TREESAMPLINGSERVICE']._serialized_end=1398
+  _globals['_SAMPLETREEREQUEST']._serialized_start=493
+  _globals['_SAMPLETREEREQUEST']._serialized_end=634
+  _globals['_CANCELTREEREQUEST']._serialized_start=636
+  _globals['_CANCELTREEREQUEST']._serialized_end=672
+  _globals['_CANCELTREERESPONSE']._serialized_start=674
+  _globals['_CANCELTREERESPONSE']._serialized_end=694
+  _globals['_EXPANSION']._serialized_start=697
+  _globals['_EXPANSION']._serialized_end=916
+  _globals['_PROGRESS']._serialized_start=919
+  _globals['_PROGRESS']._serialized_end=1053
+  _globals['_SAMPLETREERESPONSE']._serialized_start=1056
+  _globals['_SAMPLETREERESPONSE']._serialized_end=1223
+  _globals['_SUBMITPROMPTSREQUEST']._serialized_start=1225
+  _globals['_SUBMITPROMPTSREQUEST']._serialized_end=1283
+  _globals['_SUBMITPROMPTSRESPONSE']._serialized_start=1285
+  _globals['_SUBMITPROMPTSRESPONSE']._serialized_end=1341
+  _globals['_TREESAMPLINGSERVICE']._serialized_start=1344
+  _globals['_TREESAMPLINGSERVICE']._serialized_end=1601
 # @@protoc_insertion_point(module_scope)

@@ -184,10 +184,20 @@ class SampleTreeRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     INCLUDE_TEXT_FIELD_NUMBER: _builtins.int
     TREE_ONLY_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    RECEIVED_EXPANSIONS_FIELD_NUMBER: _builtins.int
     include_text: _builtins.bool
     """Fill `text` in the events and `texts` in the tree, for callers without the tokenizer."""
     tree_only: _builtins.bool
     """Send no expansions, only the tree: for callers that show no progress."""
+    call_id: _builtins.str
+    """Names this call over its attempts, at most 256 characters: when its stream breaks, the tree
+    grows on for a minute, and a SampleTree with the same call_id and the same fields above goes on
+    with it; with others it fails with ALREADY_EXISTS. Cancel it with CancelTree. Empty: the tree
+    ends with its stream.
+    """
+    received_expansions: _builtins.int
+    """Expansions that came in earlier attempts and are not sent again, >= 0."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """The question. Must be there."""
@@ -198,14 +208,51 @@ class SampleTreeRequest(_message.Message):
         prompt: Global___Prompt | None = ...,
         include_text: _builtins.bool = ...,
         tree_only: _builtins.bool = ...,
+        call_id: _builtins.str = ...,
+        received_expansions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_text", b"include_text", "prompt", b"prompt", "tree_only", b"tree_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "include_text", b"include_text", "prompt", b"prompt", "received_expansions", b"received_expansions", "tree_only", b"tree_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SampleTreeRequest: _TypeAlias = SampleTreeRequest  # noqa: Y015
+
+@_typing.final
+class CancelTreeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.str
+    """The call's call_id, not empty."""
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelTreeRequest: _TypeAlias = CancelTreeRequest  # noqa: Y015
+
+@_typing.final
+class CancelTreeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelTreeResponse: _TypeAlias = CancelTreeResponse  # noqa: Y015
 
 @_typing.final
 class Expansion(_message.Message):
@@ -308,13 +355,18 @@ class SampleTreeResponse(_message.Message):
     EXPANSION_FIELD_NUMBER: _builtins.int
     TREE_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    TREE_PART_FIELD_NUMBER: _builtins.int
+    tree_part: _builtins.bytes
+    """A part of the serialized Tree, for one larger than 3 MiB: at most 3 MiB each, in order; the
+    stream ends with the last.
+    """
     @_builtins.property
     def expansion(self) -> Global___Expansion:
         """A rollout has finished."""
 
     @_builtins.property
     def tree(self) -> _tree_pb2.Tree:
-        """The last message of the stream."""
+        """The last message of the stream, unless the tree comes in parts."""
 
     @_builtins.property
     def progress(self) -> Global___Progress:
@@ -326,12 +378,13 @@ class SampleTreeResponse(_message.Message):
         expansion: Global___Expansion | None = ...,
         tree: _tree_pb2.Tree | None = ...,
         progress: Global___Progress | None = ...,
+        tree_part: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "expansion", b"expansion", "progress", b"progress", "tree", b"tree"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "expansion", b"expansion", "progress", b"progress", "tree", b"tree", "tree_part", b"tree_part"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "expansion", b"expansion", "progress", b"progress", "tree", b"tree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "expansion", b"expansion", "progress", b"progress", "tree", b"tree", "tree_part", b"tree_part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["expansion", "tree", "progress"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["expansion", "tree", "progress", "tree_part"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

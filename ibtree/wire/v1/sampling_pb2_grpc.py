@@ -40,6 +40,11 @@ class TreeSamplingServiceStub(object):
                 request_serializer=ibtree_dot_v1_dot_sampling__pb2.SampleTreeRequest.SerializeToString,
                 response_deserializer=ibtree_dot_v1_dot_sampling__pb2.SampleTreeResponse.FromString,
                 _registered_method=True)
+        self.CancelTree = channel.unary_unary(
+                '/ibtree.v1.TreeSamplingService/CancelTree',
+                request_serializer=ibtree_dot_v1_dot_sampling__pb2.CancelTreeRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_sampling__pb2.CancelTreeResponse.FromString,
+                _registered_method=True)
         self.SubmitPrompts = channel.unary_unary(
                 '/ibtree.v1.TreeSamplingService/SubmitPrompts',
                 request_serializer=ibtree_dot_v1_dot_sampling__pb2.SubmitPromptsRequest.SerializeToString,
@@ -53,10 +58,19 @@ class TreeSamplingServiceServicer(object):
 
     def SampleTree(self, request, context):
         """Grows one tree and streams it: an Expansion per finished rollout, a Progress in quiet times,
-        then the tree. Cancelling
-        the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
+        then the tree. The call's deadline aborts the rollouts in flight, and so does cancelling it,
+        unless it has a call_id. Such a tree is never leased.
         INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
         already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
+        ABORTED: another call with the same call_id took the tree up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelTree(self, request, context):
+        """Ends the tree of a SampleTree call that has a call_id: its rollouts are aborted when this
+        returns. An id that is unknown, or whose tree has ended, is a no-op.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,6 +93,11 @@ def add_TreeSamplingServiceServicer_to_server(servicer, server):
                     servicer.SampleTree,
                     request_deserializer=ibtree_dot_v1_dot_sampling__pb2.SampleTreeRequest.FromString,
                     response_serializer=ibtree_dot_v1_dot_sampling__pb2.SampleTreeResponse.SerializeToString,
+            ),
+            'CancelTree': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelTree,
+                    request_deserializer=ibtree_dot_v1_dot_sampling__pb2.CancelTreeRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_sampling__pb2.CancelTreeResponse.SerializeToString,
             ),
             'SubmitPrompts': grpc.unary_unary_rpc_method_handler(
                     servicer.SubmitPrompts,
@@ -114,6 +133,33 @@ class TreeSamplingService(object):
             '/ibtree.v1.TreeSamplingService/SampleTree',
             ibtree_dot_v1_dot_sampling__pb2.SampleTreeRequest.SerializeToString,
             ibtree_dot_v1_dot_sampling__pb2.SampleTreeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelTree(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.TreeSamplingService/CancelTree',
+            ibtree_dot_v1_dot_sampling__pb2.CancelTreeRequest.SerializeToString,
+            ibtree_dot_v1_dot_sampling__pb2.CancelTreeResponse.FromString,
             options,
             channel_credentials,
             insecure,

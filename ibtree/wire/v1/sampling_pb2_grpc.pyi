@@ -35,10 +35,15 @@ class TreeSamplingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TreeSamplingServiceAsyncStub: ...
     SampleTree: _grpc.UnaryStreamMultiCallable[_sampling_pb2.SampleTreeRequest, _sampling_pb2.SampleTreeResponse]
     """Grows one tree and streams it: an Expansion per finished rollout, a Progress in quiet times,
-    then the tree. Cancelling
-    the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
+    then the tree. The call's deadline aborts the rollouts in flight, and so does cancelling it,
+    unless it has a call_id. Such a tree is never leased.
     INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
     already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
+    ABORTED: another call with the same call_id took the tree up.
+    """
+    CancelTree: _grpc.UnaryUnaryMultiCallable[_sampling_pb2.CancelTreeRequest, _sampling_pb2.CancelTreeResponse]
+    """Ends the tree of a SampleTree call that has a call_id: its rollouts are aborted when this
+    returns. An id that is unknown, or whose tree has ended, is a no-op.
     """
     SubmitPrompts: _grpc.UnaryUnaryMultiCallable[_sampling_pb2.SubmitPromptsRequest, _sampling_pb2.SubmitPromptsResponse]
     """Queues prompts whose scored trees TreeQueueService leases. All or nothing, durable when it
@@ -54,10 +59,15 @@ class TreeSamplingServiceAsyncStub(TreeSamplingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     SampleTree: _aio.UnaryStreamMultiCallable[_sampling_pb2.SampleTreeRequest, _sampling_pb2.SampleTreeResponse]  # type: ignore[assignment]
     """Grows one tree and streams it: an Expansion per finished rollout, a Progress in quiet times,
-    then the tree. Cancelling
-    the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
+    then the tree. The call's deadline aborts the rollouts in flight, and so does cancelling it,
+    unless it has a call_id. Such a tree is never leased.
     INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
     already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
+    ABORTED: another call with the same call_id took the tree up.
+    """
+    CancelTree: _aio.UnaryUnaryMultiCallable[_sampling_pb2.CancelTreeRequest, _sampling_pb2.CancelTreeResponse]  # type: ignore[assignment]
+    """Ends the tree of a SampleTree call that has a call_id: its rollouts are aborted when this
+    returns. An id that is unknown, or whose tree has ended, is a no-op.
     """
     SubmitPrompts: _aio.UnaryUnaryMultiCallable[_sampling_pb2.SubmitPromptsRequest, _sampling_pb2.SubmitPromptsResponse]  # type: ignore[assignment]
     """Queues prompts whose scored trees TreeQueueService leases. All or nothing, durable when it
@@ -76,10 +86,21 @@ class TreeSamplingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sampling_pb2.SampleTreeResponse], _abc.AsyncIterator[_sampling_pb2.SampleTreeResponse]]:
         """Grows one tree and streams it: an Expansion per finished rollout, a Progress in quiet times,
-        then the tree. Cancelling
-        the call, or its deadline, aborts the rollouts in flight. Such a tree is never leased.
+        then the tree. The call's deadline aborts the rollouts in flight, and so does cancelling it,
+        unless it has a call_id. Such a tree is never leased.
         INVALID_ARGUMENT names the field that was wrong; RESOURCE_EXHAUSTED: too many calls wait
         already, the trailing metadata grpc-retry-pushback-ms says when to try again. [milliseconds]
+        ABORTED: another call with the same call_id took the tree up.
+        """
+
+    @_abc_1.abstractmethod
+    def CancelTree(
+        self,
+        request: _sampling_pb2.CancelTreeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sampling_pb2.CancelTreeResponse, _abc.Awaitable[_sampling_pb2.CancelTreeResponse]]:
+        """Ends the tree of a SampleTree call that has a call_id: its rollouts are aborted when this
+        returns. An id that is unknown, or whose tree has ended, is a no-op.
         """
 
     @_abc_1.abstractmethod

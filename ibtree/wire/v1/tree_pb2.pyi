@@ -205,7 +205,9 @@ class TreeOptions(_message.Message):
     zero_value_ratio: _builtins.float
     """value(child)/value(node) where value(node) is 0; >= 0."""
     deadline_s: _builtins.float
-    """Seconds after which the tree ends with what it has, > 0. Absent: no limit of its own."""
+    """Seconds after which the tree ends with what it has, > 0: from when a SampleTree call came, or
+    from when a queued prompt began to grow. Absent: no limit of its own.
+    """
     max_generated_tokens: _builtins.int
     """Generated tokens after which no rollout is started, >= 1. Absent: no limit."""
     max_trajectories: _builtins.int

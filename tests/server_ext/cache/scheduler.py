@@ -50,6 +50,7 @@ class Request:
     kv_rotation_base: int | None = None
     swa_prefix_lock_released: bool = False
     cached_tokens: int = 0
+    retracted_stain: bool = False
     last_node: Any = None
     lock_receipt: Any = None
     prefix_indices: Any = None
@@ -154,6 +155,7 @@ class Scheduler:
         for request in list(self.running):
             self._release(request, len(request.tokens))
             request.kv, request.swa_prefix_lock_released = ReqKvInfo(), False
+            request.retracted_stain = True
             if self._prefill(request):
                 self.running.append(request)
                 self.cache.cache_unfinished_req(request)

@@ -281,6 +281,25 @@ def test_a_retracted_request_comes_back_under_the_new_weights(monkeypatch):
     assert len(scheduler.match((1, 2, 3, 4, 5))) == 5
 
 
+def test_a_request_interrupted_by_an_update_refills_nothing(monkeypatch):
+    """SGLang counts what it found in the cache when it first began; what others of the tree have
+    computed under the new weights meanwhile, and it finds, was not evicted."""
+    scheduler = Scheduler(monkeypatch, 1000)
+    scheduler.cache.trees.open("t", 1e9)
+    prompt = tuple(range(20))
+    interrupted = scheduler.start("t/0", prompt)
+    assert interrupted and interrupted.cached_tokens == 0
+    scheduler.decode(interrupted, 5)
+    scheduler.update("1")
+    scheduler.running.remove(interrupted)  # it is retracted, and waits for its turn
+    assert roll(scheduler, "t/1", prompt, random.Random(0))
+    scheduler.running.append(interrupted)
+    scheduler.retract()
+    scheduler.decode(interrupted, 6)
+    scheduler.finish(interrupted)
+    assert scheduler.cache.trees.close("t").refilled == 0
+
+
 def test_dead_versions_make_room(monkeypatch):
     """No flush: what old weights computed goes first."""
     scheduler = Scheduler(monkeypatch, 600)

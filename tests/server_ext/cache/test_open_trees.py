@@ -87,6 +87,23 @@ def test_a_request_that_starts_anew_under_new_weights_knows_only_their_paths():
     assert trees.close("t").refilled == 0
 
 
+@pytest.mark.parametrize("page_tokens", [1, 4, 16])
+def test_what_fills_no_page_is_computed_in_any_case(page_tokens):
+    """A branch of 10 tokens of which the tree has had all: what the cache finds are whole pages."""
+    trees, tokens = OpenTrees(10**6, page_tokens), tuple(range(20))
+    trees.open("t", 1.0)
+    trees.finished("t/0", key(("", tokens)), 2, 0, node=0)
+    trees.started("t/1")
+    whole_pages = 9 // page_tokens * page_tokens
+    trees.finished("t/1", key(("", (*tokens[:10], 99))), 10, whole_pages, node=1)
+    assert trees.close("t").refilled == 0
+    trees.open("t", 1.0)
+    trees.finished("t/0", key(("", tokens)), 2, 0, node=2)
+    trees.started("t/1")
+    trees.finished("t/1", key(("", (*tokens[:10], 99))), 10, 0, node=3)
+    assert trees.close("t").refilled == whole_pages, "all of them were evicted"
+
+
 def test_a_large_tree_does_not_hold_up_the_scheduler():
     """256 paths of 32k tokens: comparing each with all took seconds. The bound of a call is a
     hundred times what it takes."""

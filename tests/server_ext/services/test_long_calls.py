@@ -11,7 +11,6 @@ import pytest
 from ibtree.client.channel import CHANNEL_OPTIONS
 from ibtree.messages import Progress
 from ibtree.tree import Tree
-from ibtree.wire import calls
 from server_ext.rewards import remote
 from server_ext.services import channel, sampling
 from tests.server_ext import site as site_module
@@ -69,8 +68,7 @@ async def test_quiet_times_are_told(tmp_path, monkeypatch, tree_only):
     monkeypatch.setattr(sampling, "_PROGRESS_S", 0.05)
     async with Site(tmp_path) as site:
         site.engine.go_on.clear()
-        call = calls.sample_tree(prompt(), include_text=False, tree_only=tree_only)
-        events = site.client._stream(call, 30.0)
+        events = site.client._sampled(prompt(), False, tree_only, 30.0)
         seen = [await anext(events) for _ in range(5)]
         assert all(isinstance(event, Progress) for event in seen)
         last = seen[-1]

@@ -103,6 +103,9 @@ class Process:
         for _ in range(random.Random(number).randrange(20)):
             await asyncio.sleep(0)
 
+    def unfinished_tokens(self) -> int:
+        return 0
+
     def abort(self, tree: Tree) -> None:
         self.aborts += 1
         self._aborted.set()

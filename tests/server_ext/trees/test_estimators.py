@@ -40,6 +40,9 @@ class Chain:
     async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
         return float(all(word < FIRST_WRONG for word in token_ids))
 
+    def unfinished_tokens(self) -> int:
+        return 0
+
     def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
         return {}
 

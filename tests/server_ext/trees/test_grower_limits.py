@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -204,3 +205,64 @@ async def test_a_rollout_the_engine_gave_up_fails_the_tree(lost):
     assert 0 in growth.process.cancelled
     assert growth.tree.ledger.generated_tokens >= lost.generated_tokens
     growth.tree.validate()
+
+
+@pytest.mark.parametrize(
+    ("more", "cause"),
+    [
+        ({}, StopCause.COMPLETE),
+        ({"max_trajectories": 3}, StopCause.MAX_TRAJECTORIES),
+        ({"max_generated_tokens": 1}, StopCause.TOKEN_BUDGET),
+    ],
+)
+async def test_a_deadline_after_the_last_rollout_is_not_why_it_ended(more, cause, monkeypatch):
+    """The clock passes it while the last rollout is inserted."""
+    growth = Growth(Process(), shape(4, 2, 1, 1, deadline_s=60.0, **more))
+    whole = {StopCause.COMPLETE: 5, StopCause.MAX_TRAJECTORIES: 3, StopCause.TOKEN_BUDGET: 4}[cause]
+
+    def now() -> float:
+        return time.monotonic() + 100.0 * (growth.tree.trajectories == whole)
+
+    monkeypatch.setattr(grower_module, "time", SimpleNamespace(monotonic=now))
+    tree = await growth.grow()
+    assert tree.trajectories == whole
+    assert tree.stop_cause is cause
+
+
+async def test_a_tree_whose_last_grades_come_after_the_deadline_is_complete():
+    growth = Growth(Process(), shape(4, 1, 1, 1, deadline_s=0.05))
+    grade = growth.process.grade
+
+    async def slow(tree, token_ids):
+        await asyncio.sleep(0.2)
+        return await grade(tree, token_ids)
+
+    growth.process.grade = slow
+    tree = await growth.grow()
+    assert (tree.stop_cause, tree.trajectories) == (StopCause.COMPLETE, 4)
+
+
+async def test_a_deadline_that_has_passed_already_starts_nothing():
+    growth = Growth(Process(), shape(4, 1, 1, 1, deadline_s=60.0))
+    growth.grower._until = time.monotonic() - 1.0
+    with pytest.raises(GrowthError, match="no rollout finished \\(deadline\\)"):
+        await growth.grow()
+    assert not growth.process.started
+
+
+async def test_an_engine_that_did_not_hear_of_the_abort_is_told_again(monkeypatch):
+    """It was on its way there: without that the tree ended ten seconds late."""
+    monkeypatch.setattr(grower_module, "_ABORT_EVERY_S", 0.02)
+    growth = Growth(Process(), shape(4, 9, 1, 1, deadline_s=0.05))
+    growth.process.hangs = {2}
+    abort = growth.process.abort
+    growth.process.abort = lambda tree: abort(tree) if growth.process.aborts else deaf()
+
+    def deaf():
+        growth.process.aborts += 1
+
+    began = time.monotonic()
+    tree = await growth.grow()
+    assert time.monotonic() - began < 2.0
+    assert (tree.stop_cause, tree.trajectories) == (StopCause.DEADLINE, 3)
+    assert not growth.process.cancelled

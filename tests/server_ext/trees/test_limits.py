@@ -15,7 +15,6 @@ from ibtree.errors import FieldError
 from ibtree.tree.options import TreeOptions, changed, options_from
 from ibtree.wire.messages import prompt_to_proto
 from ibtree.wire.v1 import sampling_pb2
-from server_ext.capacity.calls import Pace
 from server_ext.config import ServerConfig
 from server_ext.trees.limits import Limits
 from tests.server_ext.fakes import until
@@ -69,16 +68,6 @@ async def test_limits_hold_at_the_door(tmp_path):
 def test_the_servers_own_defaults_must_be_allowed(tmp_path):
     with pytest.raises(FieldError, match="limit-new-tokens"):
         Site(tmp_path, limits=Limits(40, new_tokens=10))
-
-
-def test_the_pace_of_trees():
-    times = iter((0.0, 2.0, 4.0, 6.0))
-    pace = Pace(lambda: next(times))
-    assert pace.expected_s(5) == 1.0
-    for _ in range(4):
-        pace.ended()
-    assert pace.expected_s(5) == pytest.approx(10.0)
-    assert (pace.expected_s(0), pace.expected_s(10**6)) == (0.1, 60.0)
 
 
 async def call_of(site: Site, id: str) -> grpc.aio.Call:

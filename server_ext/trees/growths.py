@@ -1,0 +1,189 @@
+"""Trees that grow for calls, and what becomes of one whose stream breaks.
+
+           ┌──── a stream with its id takes it up, within a minute ────┐
+           ▼                                                           │
+       ATTACHED ────────── its stream ended, and it has an id ──────▶ DETACHED
+           │ its stream ended, and it has none;                        │ nobody came in time;
+           │ it failed; cancelled                                      │ it failed; cancelled
+           └──────────────────────▶ ENDED ◀────────────────────────────┘
+                       its rollouts are aborted, its answer is dropped
+
+A stream that takes up a tree whose old stream is still there (nobody noticed that it broke) ends
+the old one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from enum import Enum
+from typing import Any
+
+from ibtree.errors import FieldError
+from ibtree.messages import Expansion
+from server_ext.errors import ConflictError, TakenUpError
+from server_ext.trees.job import Job
+
+_KEPT_S = 60.0
+"""How long a tree waits for a stream that takes it up."""
+_MOST_KEPT_BYTES = 64 * 1024 * 1024
+"""Of answers that wait: beyond, the oldest are dropped."""
+_MAX_ID_CHARACTERS = 256
+
+Grow = Callable[[Job, Callable[[Expansion], None]], Coroutine[Any, Any, list[bytes]]]
+"""Grows the job's tree, tells of its expansions, and returns the answer: messages as bytes."""
+
+
+class State(Enum):
+    ATTACHED = "attached"
+    DETACHED = "detached"
+    ENDED = "ended"
+
+
+class Growth:
+    """One call's tree, and the stream that it has now."""
+
+    def __init__(self, call_id: str, content: bytes, job: Job, grow: Grow) -> None:
+        """`content`: what was asked for, to know the call by."""
+        self.call_id, self.content, self.job = call_id, content, job
+        self.state = State.ATTACHED
+        self.stream = 0
+        """Number of the stream that it has; earlier ones are over."""
+        self.timer: asyncio.TimerHandle | None = None
+        """Ends it, while it is detached."""
+        self._expansions: list[Expansion] = []
+        self._news = asyncio.Event()
+        self.task = asyncio.create_task(grow(job, self._emit))
+
+    @property
+    def failed(self) -> bool:
+        """Whether there will be no answer."""
+        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
+
+    @property
+    def answer_bytes(self) -> int:
+        """Size of the answer; 0 while there is none."""
+        answered = self.task.done() and not self.failed
+        return sum(map(len, self.task.result())) if answered else 0
+
+    def _emit(self, event: Expansion) -> None:
+        self._expansions.append(event)
+        self.tell()
+
+    def tell(self) -> None:
+        """Something changed: streams look again."""
+        self._news.set()
+
+    async def expansions(
+        self, stream: int, after: int, quiet_s: float
+    ) -> AsyncIterator[Expansion | None]:
+        """For stream number `stream`: those after the first `after`, as they come, until the tree
+        is there; None when nothing came for `quiet_s`. Raises TakenUpError when another stream
+        took the tree up."""
+        sent = after if stream > 1 else 0  # one that is new has told nothing
+        while True:
+            self._news.clear()
+            if self.stream != stream or self.state is not State.ATTACHED:
+                raise TakenUpError("another call with this call_id took the tree up, or ended it")
+            if sent < len(self._expansions):
+                sent += 1
+                yield self._expansions[sent - 1]
+                continue
+            if self.task.done():
+                return
+            try:
+                await asyncio.wait_for(self._news.wait(), quiet_s)
+            except TimeoutError:
+                yield None
+
+
+class Growths:
+    """The trees that grow for calls; for one event loop."""
+
+    def __init__(self) -> None:
+        self._all: set[Growth] = set()
+        self._by_id: dict[str, Growth] = {}
+
+    @property
+    def growing(self) -> int:
+        """Trees that grow, or wait for a permit or room."""
+        return sum(not growth.task.done() for growth in self._all)
+
+    def attach(self, call_id: str, content: bytes, job: Job, grow: Grow) -> Growth:
+        """The growth of this call: one that waits for it, or a new one of this job. Pass it to
+        `detach` when the stream has ended. Raises FieldError, and ConflictError for an id of a call
+        with other content."""
+        if len(call_id) > _MAX_ID_CHARACTERS:
+            problem = f"{len(call_id)} characters"
+            raise FieldError("call_id", problem, f"at most {_MAX_ID_CHARACTERS}")
+        growth = self._by_id.get(call_id)
+        if growth is None:
+            growth = Growth(call_id, content, job, grow)
+            growth.task.add_done_callback(lambda _: self._done(growth))
+            self._all.add(growth)
+            if call_id:
+                self._by_id[call_id] = growth
+        elif growth.content != content:
+            raise ConflictError(f"call_id {call_id!r} is that of a call for another tree")
+        self._move(growth, State.ATTACHED)
+        return growth
+
+    async def detach(self, growth: Growth, stream: int, *, keep: bool) -> None:
+        """Stream number `stream` has ended. `keep`: the tree may be taken up again. Else, and if it
+        failed or has no id, returns when its rollouts are aborted."""
+        if growth.stream != stream or growth.state is State.ENDED:
+            return  # another one has it
+        if keep and growth.call_id and not growth.failed:
+            self._move(growth, State.DETACHED)
+        else:
+            await self._end(growth)
+
+    async def cancel(self, call_id: str) -> None:
+        """Ends the tree with this id, if it is there; returns when its rollouts are aborted."""
+        if growth := self._by_id.get(call_id):
+            await self._end(growth)
+
+    async def stop(self) -> None:
+        """Ends them all."""
+        await asyncio.gather(*(self._end(growth) for growth in [*self._all]))
+
+    def _done(self, growth: Growth) -> None:
+        """Its task is: nobody wants a failure that nobody waits for."""
+        if growth.failed and growth.state is State.DETACHED:
+            self._move(growth, State.ENDED)
+        growth.tell()
+
+    async def _end(self, growth: Growth) -> None:
+        self._move(growth, State.ENDED)
+        await asyncio.wait({growth.task})
+
+    def _move(self, growth: Growth, state: State) -> None:
+        """Every transition of a growth."""
+        if growth.timer:
+            growth.timer.cancel()
+            growth.timer = None
+        growth.state = state
+        match state:
+            case State.ATTACHED:
+                growth.stream += 1
+            case State.DETACHED:
+                loop = asyncio.get_running_loop()
+                growth.timer = loop.call_later(_KEPT_S, self._move, growth, State.ENDED)
+                self._drop_oldest()
+            case State.ENDED:
+                growth.task.cancel()
+                self._all.discard(growth)
+                if self._by_id.get(growth.call_id) is growth:
+                    del self._by_id[growth.call_id]
+        growth.tell()
+
+    def _drop_oldest(self) -> None:
+        """Answers that wait are told already, as far as the server knows: few are asked for."""
+        kept = [growth for growth in self._by_id.values() if growth.state is State.DETACHED]
+        excess = sum(growth.answer_bytes for growth in kept) - _MOST_KEPT_BYTES
+        for growth in kept:
+            if excess <= 0:
+                return
+            if size := growth.answer_bytes:
+                excess -= size
+                self._move(growth, State.ENDED)
