@@ -64,8 +64,9 @@ class OpenTrees:
     belongs to the tree whose name is its id up to the last "/".
     """
 
-    def __init__(self, capacity_tokens: int) -> None:
-        self.capacity_tokens = capacity_tokens
+    def __init__(self, capacity_tokens: int, page_tokens: int = 1) -> None:
+        """`page_tokens`: the cache finds whole pages of so many tokens only."""
+        self.capacity_tokens, self._page_tokens = capacity_tokens, page_tokens
         self.evicted_tokens = 0
         """Tokens of open trees that were evicted, ever."""
         self.digest = 0
@@ -137,8 +138,9 @@ class OpenTrees:
         tree.cached += cached_tokens
         overlap = tree.known.overlap(path)
         known, covered = overlap.earlier(tree.started.pop(rid, 0)), overlap.held()
-        # the engine computes a prompt's last token in any case
-        tree.refilled += max(min(known, prompt_tokens - 1) - cached_tokens, 0)
+        # the engine computes a prompt's last token in any case, and what is left of its last page
+        findable = min(known, prompt_tokens - 1) // self._page_tokens * self._page_tokens
+        tree.refilled += max(findable - cached_tokens, 0)
         end = tree.known.add(path, overlap)
         if node not in tree.nodes:
             tree.protected += end.depth - covered

@@ -46,7 +46,7 @@ class IbTreeCache(UnifiedRadixCache):  # type: ignore[misc]
         fraction = float(os.environ.get(FRACTION_VARIABLE, DEFAULT_FRACTION))
         allocator = params.token_to_kv_pool_allocator
         self.pool_tokens = int(allocator.size)
-        self.trees = OpenTrees(int(self.pool_tokens * fraction))
+        self.trees = OpenTrees(int(self.pool_tokens * fraction), int(allocator.page_size))
         self._updates = 0
         self._inserting: Any = None
         """The request that inserts now, else None."""
