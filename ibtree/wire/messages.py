@@ -164,7 +164,8 @@ def stats_to_proto(stats: QueueStats) -> queue_pb2.GetQueueStatsResponse:
 
 
 def stats_from_proto(message: queue_pb2.GetQueueStatsResponse) -> QueueStats:
-    return QueueStats(**{f.name: getattr(message, f.name) for f in fields(QueueStats)})
+    counts = {f.name: getattr(message, f.name) for f in fields(QueueStats)}
+    return QueueStats(**counts | {"held": tuple(message.held)})
 
 
 def cache_to_proto(state: CacheState) -> cache_pb2.GetCacheResponse:

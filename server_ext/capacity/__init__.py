@@ -11,4 +11,6 @@ queued prompt ────▶ a permit       (the forest)  of --max-open-trees
                       │
                       ▼
                   the gate         gate.py       closed while weights are switched
+
+When the server stops, grace.py says which of the growing trees are given the time that is left.
 """

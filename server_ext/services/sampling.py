@@ -19,7 +19,7 @@ from ibtree.wire.trees import tree_to_proto
 from ibtree.wire.unparsed import UnparsedPrompts
 from ibtree.wire.v1 import sampling_pb2 as pb
 from ibtree.wire.v1 import sampling_pb2_grpc
-from server_ext.errors import BusyError, QueueFullError
+from server_ext.errors import BusyError, QueueFullError, StoppingError
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.producer import Producer
@@ -44,6 +44,8 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         self._max_queued = max_queued
         self.interactive = 0
         """Trees growing for SampleTree calls now."""
+        self._growths: dict[asyncio.Task[Tree], Job] = {}
+        self._stopping = False
 
     def add_to(self, server: Any) -> None:
         sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(self, server)
@@ -54,6 +56,13 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         )
         service = pb.DESCRIPTOR.services_by_name["TreeSamplingService"].full_name
         server.add_registered_method_handlers(service, {"SubmitPrompts": submit})
+
+    def stop_taking(self) -> None:
+        """No tree begins any more; calls whose trees have not begun end with UNAVAILABLE."""
+        self._stopping = True
+        for growth, job in self._growths.items():
+            if not self._forest.has_begun(job):
+                growth.cancel()
 
     async def SampleTree(
         self, request: pb.SampleTreeRequest, context: Any
@@ -73,10 +82,13 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
                 events.put_nowait(pb.SampleTreeResponse(expansion=expansion_to_proto(event)))
 
         async def grow() -> Tree:
+            if self._stopping:
+                raise StoppingError
             async with self._forest.calls.permit():
                 return await self._forest.grow(job, emit, arrived)
 
         growth = asyncio.create_task(grow())
+        self._growths[growth] = job
         growth.add_done_callback(lambda _: events.put_nowait(None))
         self.interactive += 1
         try:
@@ -89,11 +101,14 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
                 if event is None:
                     break
                 yield event
+            if growth.cancelled():  # by stop_taking: before the end of the stream nobody else does
+                raise StoppingError
             text = self._forest.text if job.include_text else None
             tree = await self._forest.off_loop(tree_to_proto, growth.result(), text)
             yield pb.SampleTreeResponse(tree=tree)
         finally:  # also when the caller cancels: its rollouts are aborted
             self.interactive -= 1
+            del self._growths[growth]
             growth.cancel()
             await asyncio.wait({growth})
 
