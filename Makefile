@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 
-.PHONY: setup demo demo-gsm8k test lint protos bench resolve soak soak-weights clean
+.PHONY: setup demo demo-gsm8k test test-newest lint protos bench resolve soak soak-weights clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -42,6 +42,20 @@ lint: setup
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
+# The suite against the newest SGLang, in an environment of its own. Only its version is not asked
+# for; docs/design.md, "SGLang's names", says what stands against it today.
+NEWEST := .venv-newest/bin/python
+
+test-newest:
+	@$(if $(PYTHON),,$(error needed: Python 3.11, 3.12 or 3.13 with venv; or make PYTHON=PATH))
+	$(PYTHON) -m venv --clear .venv-newest
+	$(NEWEST) -m pip install -q -c constraints.txt torch==2.13.0
+	$(NEWEST) -m pip install -q -c constraints.txt -e '.[dev]'
+	$(NEWEST) -m pip install -q --no-deps --upgrade sglang torchvision==0.26.0
+	$(NEWEST) -m ibtpo_torchvision
+	-$(NEWEST) -m server_ext.engine.names
+	IBTPO_ANY_SGLANG=1 $(NEWEST) -m pytest -n 2 --dist loadgroup
+
 protos: setup
 	$(PY) protos/generate.py
 
@@ -64,4 +78,4 @@ soak-weights: setup
 	  tests/loop/test_weights_in_flight.py
 
 clean:
-	rm -rf .venv runs benchmarks/out
+	rm -rf .venv .venv-newest runs benchmarks/out

@@ -20,6 +20,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from ibtree import __version__
+
 _file: ContextVar[Path | None] = ContextVar("settings_file", default=None)
 
 
@@ -56,6 +58,9 @@ class Settings(BaseSettings):
     @classmethod
     def load(cls, prog: str, argv: list[str]) -> Self:
         """Resolves the settings or exits with one line that names the field and the remedy."""
+        if "--version" in argv:  # whatever else is there, or missing
+            print(f"{prog} {__version__}")
+            sys.exit(0)
         try:
             return cls.resolve(prog, argv)
         except ValidationError as error:

@@ -13,6 +13,9 @@ from ibtree.tree import SamplingOptions, Step, Tree, TreeOptions
 if TYPE_CHECKING:
     from ibtree.client import AsyncClient, Client
 
+__version__ = "0.1.0"
+"""The project's; pyproject.toml reads it here."""
+
 __all__ = [
     "AsyncClient",
     "Chat",
@@ -23,6 +26,7 @@ __all__ = [
     "Step",
     "Tree",
     "TreeOptions",
+    "__version__",
 ]
 
 

@@ -100,6 +100,7 @@ class QueueStats:
     acked: int = 0
     dead: int = 0
     interactive: int = 0
+    held: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,14 @@ from pydantic_settings import SettingsConfigDict
 
 from ibtpo_settings import Settings
 from ibtpo_settings.texts import Texts, added_up
+from ibtree.tree.options import LOWEST_TEMPERATURE
 
 
 class LearnerConfig(Settings):
-    """Leases scored trees from an ibtpo-server, takes IB-TPO steps, pushes the weights back."""
+    """Leases scored trees from an ibtpo-server, takes IB-TPO steps, pushes the weights back.
+
+    `--version` prints the version.
+    """
 
     model_config = SettingsConfigDict(env_prefix="IBTPO_LEARNER_")
 
@@ -110,7 +114,7 @@ class LearnerConfig(Settings):
     """K."""
     branch_rollouts: int = Field(default=1, ge=1)
     """B. Trajectories of a tree: G = B0 + (L - 1) K B."""
-    temperature: float = Field(default=0.7, gt=0)
+    temperature: float = Field(default=0.7, ge=LOWEST_TEMPERATURE)
     """Sampling temperature; log-probabilities on both sides are at it."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus mass."""
@@ -210,7 +214,7 @@ class LearnerConfig(Settings):
     """Steps between evaluations; 0 evaluates before and after only."""
     eval_samples: int = Field(default=1, ge=1, le=4096)
     """Rollouts a held-out problem: its accuracy is their mean reward."""
-    eval_temperature: float | None = Field(default=None, gt=0)
+    eval_temperature: float | None = Field(default=None, ge=LOWEST_TEMPERATURE)
     """Sampling temperature of evaluations. null: temperature."""
     eval_top_p: float | None = Field(default=None, gt=0, le=1)
     """Nucleus mass of evaluations. null: top_p."""

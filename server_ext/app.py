@@ -1,6 +1,11 @@
-"""The server process: builds every part, serves until a signal, shuts down in order.
+"""The server process: a start in three acts, and a stop that is the same list backwards.
 
-ports bound ─▶ engine loads ─▶ newest weights ─▶ first token ─▶ SERVING ─▶ signal ─▶ drained
+prepare   all that can fail in a second: settings, ports, model folder, journal, weight store, what
+          SGLang makes of its arguments
+engine    it loads; the newest weights, a first token
+serve     services, producer; health says SERVING
+   signal ─▶ health says NOT_SERVING, nothing new is taken, what has begun may end (stopping.py)
+          ─▶ engine down ─▶ store, journal, folder, ports closed
 """
 
 from __future__ import annotations
@@ -8,25 +13,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
-import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeVar
+from wsgiref.simple_server import WSGIServer
 
 import grpc
 
 from ibtpo_settings.folder import alone_in
 from ibtree.errors import FieldError
-from ibtree.tree.options import SamplingOptions, changed, options_from
+from ibtree.tree.options import SamplingOptions, TreeOptions, changed, options_from
+from ibtree.weights.manifest import TensorSpec
 from ibtree.weights.model_folder import checkpoint_specs, model_identity
 from ibtree.wire.messages import prompt_from_bytes
 from ibtree.wire.trees import tree_to_bytes
+from server_ext import logs, supervisor
 from server_ext.cache.audit import Auditor
 from server_ext.cache.names import FRACTION_VARIABLE
 from server_ext.config import ServerConfig
+from server_ext.engine.arguments import Resolved, server_arguments
+from server_ext.engine.pulse import Pulse
 from server_ext.engine.sglang import SglangEngine
+from server_ext.errors import EngineError, NoReplyError
 from server_ext.interpreter import settle
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
@@ -44,8 +54,10 @@ from server_ext.services.channel import OTHER_CALLS, grpc_server, keep_message_m
 from server_ext.services.health import Health, serve_health
 from server_ext.services.metrics import Metrics, serve_metrics
 from server_ext.services.queue import QueueService
+from server_ext.services.reflection import add_reflection, check_installed
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
+from server_ext.stopping import Signals, drain
 from server_ext.trees.forest import Forest, check_job_names
 from server_ext.trees.limits import Limits
 from server_ext.trees.text import Tokenizer
@@ -54,115 +66,173 @@ from server_ext.weights.updater import WeightUpdater
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the first act leaves: all of it checked, opened or bound."""
+
+    graders: Graders
+    defaults: TreeOptions
+    limits: Limits
+    model_id: str
+    specs: dict[str, TensorSpec]
+    tokenizer: Tokenizer
+    server: grpc.aio.Server
+    health: Health
+    metrics: Metrics
+    addresses: str
+    journal: JournalThread
+    store: WeightStore
+    arguments: Resolved
 
 
 async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
     """Runs the server until SIGTERM or SIGINT. Raises FieldError for bad settings."""
     async with AsyncExitStack() as stack:  # whatever was started is shut down, newest first
-        _exit_on_signal()
-        model_id = model_identity(config.model)
-        graders = _graders(config, stack)
-        defaults = changed(options_from(config), separators=(config.separator,))
-        check_job_names(defaults, graders, config.grader)
-
-        keep_message_memory()
-        most_calls = config.max_calls + config.max_waiting_calls + OTHER_CALLS
-        server = grpc_server(most_calls, config.message_timeout_s)
-        port = _bind("port", config, partial(_add_port, server))
-        health = Health()
-        health_server, health_port = _bind("health_port", config, partial(serve_health, health))
-        stack.callback(lambda: health_server.stop(0).wait())
-        metrics = Metrics()
-        web, web_port = _bind("web_port", config, partial(serve_metrics, metrics))
-        stack.callback(web.server_close)
-        stack.callback(web.shutdown)
-        tokenizer = Tokenizer(config.model)
-        tokenizer.segmenter(config.separator)  # or the start is refused
-        # two servers on one journal would each grow what the other is growing
-        stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
-
-        try:
-            engine = _engine(config, sglang_arguments)
-        except FieldError:
-            del server  # the traceback would keep it until gRPC itself is gone, and crash the exit
-            raise
-        stack.callback(engine.shutdown)
-        store = WeightStore(config.data_dir / "weights", model_id, config.keep_weights)
-        specs = checkpoint_specs(config.model)
-        updater = WeightUpdater(engine, store, config.model, specs, model_id)
-        await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
-        await updater.restore()
-        cache = await engine.trees.state()  # also: the radix backend answers
-        stopping = _take_signals_back()
-
-        forest = Forest(
-            engine,
-            tokenizer,
-            graders,
-            model_id=model_id,
-            defaults=defaults,
-            default_grader=config.grader,
-            limits=Limits(
-                config.limit_trajectories,
-                config.limit_new_tokens,
-                config.limit_temperature,
-                config.limit_deadline_s,
-            ),
-            max_open_trees=config.max_open_trees,
-            max_calls=config.max_calls,
-            max_waiting_calls=config.max_waiting_calls,
-            max_rollouts=config.max_rollouts or await engine.most_running(),
-            call_share=config.call_share,
-            cache_tokens=cache.capacity_tokens or None,
-            ended=metrics.tree,
-        )
-        auditor = Auditor(engine, forest.open_prefixes, metrics.audit)
-        journal = JournalThread(partial(_journal, config))
-        stack.callback(journal.close)
-        producer, sampling = _add_services(server, config, forest, journal, updater)
-        stack.push_async_callback(sampling.stop)
-        CacheService(engine.trees, auditor).add_to(server)
-        health.add_to(server)
-        settle()
-        await server.start()
-        health.serving(True)
-        print(
-            f"ibtpo-server: serving on {config.host}:{port} (health {health_port}, web {web_port})",
-            flush=True,
-        )
-        background = [
-            producer.run(),
-            engine.trees.keep_open(),
-            metrics.watch(engine.trees.state),
-            _raise_when(updater.broken),
-        ]
-        if config.audit_every_s:
-            background.append(auditor.run(config.audit_every_s))
-        await _until(stopping, server, health, config, *background)
+        signals = Signals()
+        signals.exit_on_signal()
+        prepared = _prepare(config, sglang_arguments, stack)
+        engine, updater = await _load(config, prepared, signals, stack)
+        signals.take()
+        await _serve(config, prepared, engine, updater, signals)
 
 
-async def _until(
-    stopping: asyncio.Event,
-    server: grpc.aio.Server,
-    health: Health,
+def _prepare(
+    config: ServerConfig, sglang_arguments: Sequence[str], stack: AsyncExitStack
+) -> _Prepared:
+    """All that can fail in a second, before the minutes that loading takes. Raises FieldError."""
+    if config.reflection:
+        check_installed()
+    graders = _graders(config, stack)
+    defaults = changed(options_from(config), separators=(config.separator,))
+    check_job_names(defaults, graders, config.grader)
+    limits = Limits(
+        config.limit_trajectories,
+        config.limit_new_tokens,
+        config.limit_temperature,
+        config.limit_deadline_s,
+    )
+    limits.applied(defaults)
+
+    keep_message_memory()
+    most_calls = config.max_calls + config.max_waiting_calls + OTHER_CALLS
+    server = grpc_server(most_calls, config.message_timeout_s)
+    port = _bind("port", config, partial(_add_port, server))
+    health, metrics = Health(config.stuck_after_s), Metrics()
+    health_server, health_port = _bind("health_port", config, partial(serve_health, health))
+    stack.callback(lambda: health_server.stop(0).wait())
+    web, web_port = _bind("web_port", config, partial(serve_metrics, metrics))
+    stack.callback(_close, web)
+
+    model_id, specs = model_identity(config.model), checkpoint_specs(config.model)
+    tokenizer = Tokenizer(config.model)
+    tokenizer.segmenter(config.separator)  # or the start is refused
+    # two servers on one journal would each grow what the other is growing
+    stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
+    journal = JournalThread(partial(_journal, config))
+    stack.callback(journal.close)
+    store = WeightStore(config.data_dir / "weights", model_id, config.keep_weights)
+    arguments = server_arguments(
+        str(config.model),
+        config.device,
+        config.dtype,
+        SglangEngine.backend,
+        sglang_arguments,
+        {spec.name: spec.dtype for spec in specs.values()},
+    )
+    logs.begin()
+    check_context(config, arguments.context_tokens)
+    return _Prepared(
+        graders,
+        defaults,
+        limits,
+        model_id,
+        specs,
+        tokenizer,
+        server,
+        health,
+        metrics,
+        f"{config.host}:{port} (health {health_port}, web {web_port})",
+        journal,
+        store,
+        arguments,
+    )
+
+
+async def _load(
+    config: ServerConfig, prepared: _Prepared, signals: Signals, stack: AsyncExitStack
+) -> tuple[SglangEngine, WeightUpdater]:
+    """The engine, which has generated a token with the weights that served last."""
+    engine = _engine(config, prepared.arguments)
+    stack.callback(engine.shutdown)
+    logs.begin()
+    updater = WeightUpdater(engine, prepared.store, config.model, prepared.specs, prepared.model_id)
+    await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
+    signals.exit_on_signal()  # with its first request SGLang takes them for itself
+    await updater.restore()
+    return engine, updater
+
+
+async def _serve(
     config: ServerConfig,
-    *background: Coroutine[Any, Any, None],
+    prepared: _Prepared,
+    engine: SglangEngine,
+    updater: WeightUpdater,
+    signals: Signals,
 ) -> None:
-    """Serves until the signal, or until something in the background fails; then drains."""
-    works = (*background, _beat(health), stopping.wait())
-    tasks = {asyncio.ensure_future(work) for work in works}
+    server, health, metrics = prepared.server, prepared.health, prepared.metrics
+    cache = await engine.trees.state()  # also: the radix backend answers
+    forest = Forest(
+        engine,
+        prepared.tokenizer,
+        prepared.graders,
+        model_id=prepared.model_id,
+        defaults=prepared.defaults,
+        default_grader=config.grader,
+        limits=prepared.limits,
+        max_open_trees=config.max_open_trees,
+        max_calls=config.max_calls,
+        max_waiting_calls=config.max_waiting_calls,
+        max_rollouts=config.max_rollouts or await engine.most_running(),
+        call_share=config.call_share,
+        cache_tokens=cache.capacity_tokens or None,
+        ended=metrics.tree,
+    )
+    auditor = Auditor(engine, forest.open_prefixes, metrics.audit)
+    producer, sampling = _add_services(server, config, forest, prepared.journal, updater)
+    CacheService(engine.trees, auditor).add_to(server)
+    health.add_to(server)
+    if config.reflection:
+        add_reflection(server)
+    settle()
+    await server.start()
+    health.serving(True)
+    print(f"ibtpo-server: serving on {prepared.addresses}", flush=True)
+    supervisor.serving()
+    background = [
+        producer.run(),
+        engine.trees.keep_open(),
+        metrics.watch(engine.trees.state),
+        _raise_when(updater.broken),
+        _watch(engine.pulse, health, config.stuck_after_s),
+    ]
+    if config.audit_every_s:
+        background.append(auditor.run(config.audit_every_s))
+    tasks = {asyncio.ensure_future(work) for work in background}
+    asked = asyncio.ensure_future(signals.asked.wait())
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()  # anything but the signal is an error
+        done, _ = await asyncio.wait({*tasks, asked}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {asked}:
+            signals.at_once.set()  # what grows may have no engine any more
+            task.result()  # to end is an error, whatever the reason
     finally:
-        health.serving(False)
-        _log.info("shutting down")
-        await server.stop(config.shutdown_grace_s)
-        for task in tasks:
+        _log.info("stopping")
+        await drain(server, health, producer, sampling, config.shutdown_grace_s, signals.at_once)
+        await sampling.stop()
+        for task in {*tasks, asked}:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.wait({*tasks, asked})
 
 
 def _graders(config: ServerConfig, stack: AsyncExitStack) -> Graders:
@@ -184,7 +254,18 @@ def _graders(config: ServerConfig, stack: AsyncExitStack) -> Graders:
     return Graders(installed_graders(pool) | built_in)
 
 
-def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngine:
+def check_context(config: ServerConfig, context_tokens: int) -> None:
+    """Raises FieldError for limits that no prompt could reach in the model's context; a default
+    that nobody set gives way to it instead (Forest.check)."""
+    longest = context_tokens - 2  # one token of the prompt, and the engine keeps one free
+    allowed = f"at most {longest}: the model's context is {context_tokens} tokens"
+    for field in ("limit_new_tokens", "max_new_tokens"):
+        value = getattr(config, field)
+        if field in config.model_fields_set and value is not None and value > longest:
+            raise FieldError(field, f"got {value}", allowed)
+
+
+def _engine(config: ServerConfig, arguments: Resolved) -> SglangEngine:
     # both are read by the engine's processes
     os.environ[FRACTION_VARIABLE] = str(config.tree_cache_fraction)
     if config.threads:
@@ -194,7 +275,7 @@ def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngi
         config.device,
         config.dtype,
         config.drain_timeout_s,
-        sglang_arguments,
+        arguments,
         config.weight_switch,
     )
 
@@ -238,28 +319,21 @@ def _bind(field: str, config: ServerConfig, bind: Callable[[str], T]) -> T:
         raise FieldError(field, f"port {port} cannot be listened on", "a free port") from error
 
 
-def _exit_on_signal() -> None:
-    """Lets a signal unwind the stack until the engine is up: what was started is shut down."""
-
-    def leave(number: int, _: Any) -> NoReturn:
-        sys.exit(128 + number)
-
-    for number in _SIGNALS:
-        signal.signal(number, leave)
+def _close(web: WSGIServer) -> None:
+    web.shutdown()
+    web.server_close()
 
 
-def _take_signals_back() -> asyncio.Event:
-    """Replaces the SIGTERM handler that SGLang installs with its first request."""
-    stopping = asyncio.Event()
-    for number in _SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    return stopping
-
-
-async def _beat(health: Health) -> None:
+async def _watch(pulse: Pulse, health: Health, stuck_after_s: float) -> None:
+    """Tells health each time the engine's work was seen to move, for ever."""
     while True:
-        health.beat()
-        await asyncio.sleep(1.0)
+        try:
+            async with asyncio.timeout(stuck_after_s):
+                await pulse.beat()
+            health.beat()
+        except (TimeoutError, EngineError, NoReplyError) as error:
+            _log.error("nothing moves in the engine (%s %s)", type(error).__name__, error)
+        await asyncio.sleep(stuck_after_s / 4)
 
 
 async def _raise_when(broken: asyncio.Event) -> NoReturn:

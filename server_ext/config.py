@@ -9,14 +9,15 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ibtpo_settings import Settings
-from ibtree.tree.options import MAX_TRAJECTORIES
+from ibtree.tree.options import LOWEST_TEMPERATURE, MAX_TRAJECTORIES
 from server_ext.cache.names import DEFAULT_FRACTION
 
 
 class ServerConfig(Settings):
     """Grows IB-guided reasoning trees with SGLang behind a gRPC API.
 
-    SGLang's own server arguments follow after `--` (for example `-- --tp-size 2`).
+    SGLang's own server arguments follow after `--` (for example `-- --tp-size 2`). `--version`
+    prints the version.
     """
 
     model_config = SettingsConfigDict(env_prefix="IBTPO_SERVER_")
@@ -38,6 +39,12 @@ class ServerConfig(Settings):
     """Port for plain gRPC health, answered from the first second on; 0 takes a free one."""
     web_port: int = Field(default=7301, ge=0, le=65535)
     """Port of the web page: metrics for Prometheus under /metrics; 0 takes a free one."""
+    reflection: bool = False
+    """Let clients ask for the services' descriptions (gRPC server reflection), for tools such as
+    grpcurl; needs the extra `reflection`."""
+    stuck_after_s: float = Field(default=60.0, gt=0)
+    """Health says NOT_SERVING when the engine's work has stood still for so long. More where one
+    pass over a long prompt may take that long."""
     data_dir: Path = Path("runs/server")
     """Folder of the journal and of the weight store; survives restarts."""
 
@@ -90,7 +97,7 @@ class ServerConfig(Settings):
     """Most trajectories a prompt may ask for."""
     limit_new_tokens: int | None = Field(default=None, ge=1)
     """Largest max_new_tokens a prompt may ask for. null: what the model's context leaves."""
-    limit_temperature: float | None = Field(default=None, gt=0)
+    limit_temperature: float | None = Field(default=None, ge=LOWEST_TEMPERATURE)
     """Highest temperature a prompt may ask for. null: 100."""
     limit_deadline_s: float | None = Field(default=None, gt=0)
     """Longest deadline of a tree, and that of a tree whose prompt asks for none. null: no limit."""
@@ -110,7 +117,10 @@ class ServerConfig(Settings):
     shared_dir: Path | None = None
     """Folder in which learners may leave weight files instead of sending them. null: none."""
     shutdown_grace_s: float = Field(default=20.0, ge=0)
-    """How long calls in flight may go on after SIGTERM."""
+    """How long calls in flight may go on after SIGTERM, and trees grow that are near their end."""
+    supervise: bool = True
+    """Start the server again when it dies, after a growing pause; off where something else does so,
+    such as Kubernetes."""
 
     strategy: str = "ib"
     """Default branching strategy: ib, ib_budget, independent, random, fixed_width, entropy, or

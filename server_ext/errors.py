@@ -51,6 +51,10 @@ class BrokenPushError(IbtpoError, RuntimeError):
     status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
 
 
+class OtherSglangError(PreconditionError):
+    """The SGLang that is installed is not the one this is written against."""
+
+
 class CanaryError(PreconditionError):
     """Engine and learner disagree about a version; it is taken back."""
 
@@ -97,6 +101,15 @@ class GraderUnavailableError(IbtpoError, RuntimeError):
     """Nobody could grade now: a reward of 0 would be a lie."""
 
     status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
+
+
+class StoppingError(IbtpoError, RuntimeError):
+    """The server was told to stop before the work had begun; nothing is lost."""
+
+    status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping; ask again when it is back")
 
 
 class StillBusy(TimeoutError):

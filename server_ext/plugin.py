@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from server_ext.attention import registry as attention
 from server_ext.cache import plugin as cache
+from server_ext.engine import names
 
 
 def register() -> None:
     """Registers everything; SGLang calls it in every process that may need it, and logs and
-    swallows what goes wrong here: the radix backend checks that it did not (cache/plugin.py)."""
+    swallows what goes wrong here: the radix backend checks that it did not (cache/plugin.py).
+
+    Raises OtherSglangError, with nothing registered: the start fails, as nobody knows the backend.
+    """
+    names.check()
     register_sampler()
     attention.register()
     cache.register()

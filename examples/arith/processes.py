@@ -124,6 +124,7 @@ def server_command(
         "--web-port=0",
         f"--data-dir={data_dir}",
         "--grader=exact",
+        "--no-supervise",  # `Process.kill` takes the whole session, which the supervisor splits
         *SAMPLING,
         *arguments,
         "--",

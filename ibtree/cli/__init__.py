@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ibtree import __version__
 from ibtree.cli import evaluation, sample, state, weights
 from ibtree.cli.output import printable
 from ibtree.client import DEFAULT_TARGET, RpcFailed
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Exits 1 with one line for bad input, or when the server refuses or cannot be reached; 130
     when it is interrupted."""
     parser = _Parser(prog="ibtpo", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ibtpo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     groups = (sample, state, weights, evaluation)
     for name, text, run, add_options in (entry for group in groups for entry in group.COMMANDS):

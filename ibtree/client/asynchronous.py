@@ -173,6 +173,18 @@ class AsyncClient:
     async def queue_stats(self) -> QueueStats:
         return await self._unary(calls.queue_stats())
 
+    async def pause_queue(self, reason: str = "") -> int:
+        """As Client.pause_queue."""
+        return await self._unary(calls.pause_queue(reason))
+
+    async def resume_queue(self) -> tuple[str, ...]:
+        """As Client.resume_queue."""
+        return await self._unary(calls.resume_queue())
+
+    async def drain_queue(self, reason: str = "", *, wait_s: float = 0.0) -> int:
+        """As Client.drain_queue."""
+        return await self._unary(calls.drain_queue(reason, wait_s), self.timeout_s + wait_s)
+
     async def get_weights(
         self, *, timeout_s: float | None = None, wait: bool = False
     ) -> ServedWeights:

@@ -172,6 +172,18 @@ class Client:
     def queue_stats(self) -> QueueStats:
         return self._unary(calls.queue_stats())
 
+    def pause_queue(self, reason: str = "") -> int:
+        """No queued prompt begins to grow any more; returns how many trees still grow."""
+        return self._unary(calls.pause_queue(reason))
+
+    def resume_queue(self) -> tuple[str, ...]:
+        """Takes a pause or drain back; returns what holds the queue still, if anything does."""
+        return self._unary(calls.resume_queue())
+
+    def drain_queue(self, reason: str = "", *, wait_s: float = 0.0) -> int:
+        """Pauses, and waits until no queued prompt's tree grows; returns how many still do."""
+        return self._unary(calls.drain_queue(reason, wait_s), self.timeout_s + wait_s)
+
     def get_weights(self, *, timeout_s: float | None = None, wait: bool = False) -> ServedWeights:
         return self._unary(calls.get_weights(), timeout_s, wait)
 

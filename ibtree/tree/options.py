@@ -59,6 +59,10 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise FieldError(name, f"unknown value {value!r}", " | ".join(allowed))
 
 
+LOWEST_TEMPERATURE = 1e-6
+"""Below it SGLang takes the likeliest token, and gives its log-probability at temperature 1."""
+
+
 def _as_floats(options: object, names: Iterable[str]) -> None:
     """Whole numbers are numbers too: they become floats, as they do on their way over the wire."""
     for name in names:
@@ -86,6 +90,9 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         _as_floats(self, ("temperature", "top_p", "min_p"))
         check_range("sampling.temperature", self.temperature, 0.0, 100.0, open_low=True)
+        if self.temperature < LOWEST_TEMPERATURE:
+            allowed = f"at least {LOWEST_TEMPERATURE:g}; --top-k 1 takes the likeliest token"
+            raise FieldError("sampling.temperature", f"got {self.temperature:g}", allowed)
         check_range("sampling.top_p", self.top_p, 0.0, 1.0, open_low=True)
         whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
         if not whole or (self.top_k != -1 and not 1 <= self.top_k < 2**31):

@@ -83,6 +83,9 @@ EXTEND_LEASE = _method("TreeQueueService", queue_pb2, "ExtendLease")
 ACK_TREES = _method("TreeQueueService", queue_pb2, "AckTrees")
 NACK_TREES = _method("TreeQueueService", queue_pb2, "NackTrees")
 GET_QUEUE_STATS = _method("TreeQueueService", queue_pb2, "GetQueueStats")
+PAUSE_QUEUE = _method("TreeQueueService", queue_pb2, "PauseQueue")
+RESUME_QUEUE = _method("TreeQueueService", queue_pb2, "ResumeQueue")
+DRAIN_QUEUE = _method("TreeQueueService", queue_pb2, "DrainQueue")
 PUSH_WEIGHTS = _method("WeightsService", weights_pb2, "PushWeights", LARGE_BYTES)
 GET_WEIGHTS = _method("WeightsService", weights_pb2, "GetWeights")
 ROLLBACK_WEIGHTS = _method("WeightsService", weights_pb2, "RollbackWeights")
@@ -161,6 +164,19 @@ def nack_trees(lease_ids: Iterable[str], reason: str) -> Call[None]:
 
 def queue_stats() -> Call[QueueStats]:
     return Call(GET_QUEUE_STATS, queue_pb2.GetQueueStatsRequest(), messages.stats_from_proto)
+
+
+def pause_queue(reason: str) -> Call[int]:
+    return Call(PAUSE_QUEUE, queue_pb2.PauseQueueRequest(reason=reason), lambda m: m.growing)
+
+
+def resume_queue() -> Call[tuple[str, ...]]:
+    return Call(RESUME_QUEUE, queue_pb2.ResumeQueueRequest(), lambda m: tuple(m.held))
+
+
+def drain_queue(reason: str, wait_s: float) -> Call[int]:
+    request = queue_pb2.DrainQueueRequest(reason=reason, wait_s=wait_s)
+    return Call(DRAIN_QUEUE, request, lambda m: m.growing)
 
 
 def push_weights(requests: Iterator[Any]) -> Call[int | PushOutcome]:

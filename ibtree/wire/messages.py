@@ -194,7 +194,9 @@ def stats_to_proto(stats: QueueStats) -> queue_pb2.GetQueueStatsResponse:
 
 
 def stats_from_proto(message: queue_pb2.GetQueueStatsResponse) -> QueueStats:
-    return QueueStats(**_numbers("stats", message, QueueStats))
+    counts = [f.name for f in fields(QueueStats) if f.name != "held"]
+    numbers = check_numbers("stats", message, counts)
+    return QueueStats(**numbers, held=tuple(message.held))
 
 
 def cache_to_proto(state: CacheState) -> cache_pb2.GetCacheResponse:

@@ -64,11 +64,9 @@ def register() -> None:
 
 
 def _create(context: Any) -> Any:
-    """The factory of `--radix-cache-backend ibtree`. Raises RuntimeError if a hook did not take."""
-    from sglang.srt.mem_cache.registry import (
-        create_unified_radix_cache,
-        default_radix_cache_factory,
-    )
+    """The factory of `--radix-cache-backend ibtree`. Raises RuntimeError if a hook did not take, or
+    where the backend does not work."""
+    from sglang.srt.mem_cache.registry import create_unified_radix_cache
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from server_ext.cache.radix import IbTreeCache
@@ -77,16 +75,27 @@ def _create(context: Any) -> Any:
         target = f"{_SCHEDULER}.{method}"
         if target not in HookRegistry._patched:
             raise RuntimeError(f"radix cache backend {BACKEND}: the hook on {target} did not take")
-    if context.disable_radix_cache:
-        return default_radix_cache_factory(context)
+    refused = {
+        "SGLang keeps no prefixes for this model and these arguments": context.disable_radix_cache,
+        "sliding windows have a pool of their own; --disable-hybrid-swa-memory puts them into the"
+        " whole one": context.is_hybrid_swa,
+        "the model has recurrent layers": context.is_hybrid_ssm,
+    }
+    for why, is_so in refused.items():
+        if is_so:
+            raise RuntimeError(f"radix cache backend {BACKEND}: {why}")
     return create_unified_radix_cache(context, cache_class=IbTreeCache)
 
 
 def _take_messages(_: None, scheduler: Any) -> None:
     from sglang.utils import TypeBasedDispatcher
 
+    from server_ext.cache.radix import IbTreeCache
+
     def handle(request: TreeCacheReqInput) -> TreeCacheReqOutput | None:
         # looked up now: the cache does not exist yet when the scheduler's messages are set up
+        if not isinstance(scheduler.tree_cache, IbTreeCache):
+            return None  # the sender waits in vain, and the scheduler lives
         return _handle(scheduler.tree_cache, request, passes_of(scheduler))
 
     scheduler._request_dispatcher += TypeBasedDispatcher([(TreeCacheReqInput, handle)])

@@ -24,4 +24,6 @@ SampleTree call      queued prompt
 Calls and queued prompts are two kinds (shares.py): neither takes the permits of the other, and of
 reservations and slots each gets its share (--call-share) as soon as it wants it; what one does not
 want the other may have. The deadline of a call's tree runs from the call on, on all this way.
+
+When the server stops, grace.py says which of the growing trees are given the time that is left.
 """

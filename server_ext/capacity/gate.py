@@ -27,6 +27,11 @@ class Gate:
         self._shut = False
 
     @property
+    def is_open(self) -> bool:
+        """Whether rollouts may go in now."""
+        return self._open.is_set()
+
+    @property
     def is_shut(self) -> bool:
         return self._shut
 

@@ -1,38 +1,102 @@
-"""SGLang's server arguments: ours, the operator's after `--`, and what is refused."""
+"""SGLang's server arguments: ours, the operator's after `--`, and what of them is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ibtree.errors import FieldError
 from server_ext.attention import registry
-from server_ext.engine import cpu
+from server_ext.engine import cpu, names
+from server_ext.engine.modes import MODES, Launch
+
+_VERSION_BEFORE_ANY_PUSH = "0"
+_OFF = ("", "0", "false", "f", "no", "n", "off")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The arguments as SGLang takes them: `server_args` is its own record."""
+
+    server_args: Any
+
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        """Every argument by SGLang's name for it, with what SGLang decided itself."""
+        values: Mapping[str, Any] = self.server_args.resolved_dict()
+        return values
+
+    @cached_property
+    def model(self) -> Any:
+        """SGLang's ModelConfig: what it knows of the model before it loads weights."""
+        from sglang.srt.configs.model_config import ModelConfig
+
+        return ModelConfig.from_server_args(self.server_args)
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence, prompt and generated tokens together."""
+        return int(self.model.context_len)
 
 
 def server_arguments(
-    model: str, device: str, dtype: str, backend: str, arguments: Sequence[str]
-) -> Any:
-    """SGLang's ServerArgs. `backend`: name of the radix cache backend, empty for SGLang's own.
+    model: str,
+    device: str,
+    dtype: str,
+    backend: str,
+    arguments: Sequence[str],
+    stored_types: Mapping[str, str] | None = None,
+) -> Resolved:
+    """What SGLang makes of its arguments; no weights are read. `backend`: name of the radix cache
+    backend, empty for SGLang's own. `stored_types`: safetensors dtypes of the folder's tensors, by
+    name.
 
     What the operator passes comes last and wins. Raises FieldError for arguments that SGLang
-    rejects, and for those that take the backend away.
+    rejects, and for a launch mode that the server does not work in (modes.py); OtherSglangError if
+    SGLang is not the one this is written against.
     """
-    from sglang.srt.server_args import prepare_server_args
-
+    names.check()
+    _check_environment(os.environ)
     registry.add_choice()  # SGLang loads plugins only after it has read its arguments
-    ours = [f"--model-path={model}", f"--dtype={dtype}", "--weight-version=0", "--page-size=1"]
-    ours += [f"--radix-cache-backend={backend}"]
+    ours = [f"--model-path={model}", f"--dtype={dtype}", "--page-size=1"]
+    ours += [f"--weight-version={_VERSION_BEFORE_ANY_PUSH}", f"--radix-cache-backend={backend}"]
     quiet = ["--log-level=error", "--skip-server-warmup"]
     defaults = cpu.SERVER_ARGUMENTS if device == "cpu" else []
-    try:
-        resolved = prepare_server_args([*ours, *quiet, *defaults, *arguments])
-    except SystemExit as error:
-        raise FieldError("--", "SGLang rejected its arguments", "sglang's options") from error
-    chosen = resolved.radix_cache_backend or ""
-    if chosen != backend:
-        raise FieldError("--", f"--radix-cache-backend={chosen}", "leave it out: it is ours")
-    if backend and resolved.disable_radix_cache:
-        problem = "--disable-radix-cache"
-        raise FieldError("--", problem, "leave it out: trees are grown on cached prefixes")
+    resolved = Resolved(_parsed([*ours, *quiet, *defaults, *arguments]))
+    if backend:  # else the engine is one to compare with, and SGLang's own matter
+        launch = Launch(
+            resolved.values, resolved.model, device, dtype, model, backend, stored_types or {}
+        )
+        check(launch)
     return resolved
+
+
+def check(launch: Launch) -> None:
+    """Raises FieldError for the first mode of the table that is used and does not work."""
+    for mode in MODES:
+        if found := mode.found(launch):
+            raise FieldError(mode.field, f"{mode.name} ({found}): {mode.why}", mode.instead)
+
+
+def _parsed(line: Sequence[str]) -> Any:
+    from sglang.srt.server_args import prepare_server_args
+
+    try:
+        return prepare_server_args(list(line))
+    except SystemExit as error:  # argparse has said what
+        raise FieldError("--", "SGLang rejected its arguments", "sglang's options") from error
+    except (ValueError, AssertionError, NotImplementedError, ImportError) as error:
+        # combinations that SGLang itself refuses: its checks are spread over many functions
+        problem = f"SGLang rejected its arguments: {' '.join(str(error).split())}"
+        raise FieldError("--", problem, "what SGLang can combine") from error
+
+
+def _check_environment(environment: Mapping[str, str]) -> None:
+    """Raises FieldError for a variable under which log-probabilities are not the sampler's."""
+    name = "SGLANG_RETURN_ORIGINAL_LOGPROB"
+    if environment.get(name, "").lower() not in _OFF:
+        problem = f"{name}={environment[name]}: log-probabilities would be those at temperature 1"
+        raise FieldError("--", problem, f"unset {name}")

@@ -16,8 +16,9 @@ from server_ext.cache.client import TreeCache
 from server_ext.cache.names import BACKEND
 from server_ext.capacity.gate import Gate
 from server_ext.engine import cpu
-from server_ext.engine.arguments import server_arguments
+from server_ext.engine.arguments import Resolved, server_arguments
 from server_ext.engine.port import Completion
+from server_ext.engine.pulse import Pulse
 from server_ext.errors import DrainTimeout, EngineError, MixedWeightsError, StillBusy
 
 if TYPE_CHECKING:
@@ -45,28 +46,31 @@ class SglangEngine:
         device: str,
         dtype: str,
         drain_timeout_s: float,
-        arguments: Sequence[str],
+        arguments: Sequence[str] | Resolved,
         switch: Literal["interrupt", "drain"] = "interrupt",
     ) -> None:
-        """`switch`: what weight updates do to rollouts in flight (see `paused`)."""
+        """`arguments`: SGLang's own, or what `server_arguments` made of them. `switch`: what weight
+        updates do to rollouts in flight (see `paused`)."""
         if device == "cpu":
             cpu.select()
         import sglang as sgl
         from sglang.srt.managers import io_struct
 
-        server_args = server_arguments(model, device, dtype, self.backend, arguments)
-        if server_args.dp_size > 1:
+        if not isinstance(arguments, Resolved):
+            arguments = server_arguments(model, device, dtype, self.backend, arguments)
+        values = arguments.values
+        if values["dp_size"] > 1:
             # the controller of the ranks loads no plugins: it can not decode our messages, but
             # it can pass on pickles
             os.environ["SGLANG_USE_PICKLE_IPC"] = "1"
             io_struct._USE_PICKLE_IPC = True
-        self._engine = sgl.Engine(server_args=server_args)
+        self._engine = sgl.Engine(server_args=arguments.server_args)
         config = self._engine.tokenizer_manager.model_config
         self.context_tokens = int(config.context_len)
         self.dtype = _SAFETENSORS_DTYPES[str(config.dtype).removeprefix("torch.")]
-        self._tp_size = int(server_args.tp_size)
-        self._deterministic = bool(server_args.enable_deterministic_inference)
-        self.trees = self._tree_cache(int(server_args.dp_size))
+        self._tp_size = int(values["tp_size"])
+        self._deterministic = bool(values["enable_deterministic_inference"])
+        self.trees = self._tree_cache(int(values["dp_size"]))
         self._drain_timeout_s = drain_timeout_s if switch == "drain" else None
         self._gate = Gate()
         self._retracted = False
@@ -76,6 +80,11 @@ class SglangEngine:
         self._waiting: dict[str, asyncio.Task[Any] | None] = {}
         self._names: dict[str, str] = {}
         """SGLang's names of the requests that are under way, by ours."""
+        self._answered = 0
+        """Requests that SGLang has answered, ever."""
+        self.pulse = Pulse(
+            self._progress, self.trees.state, lambda: not self._gate.is_open, self._one_token
+        )
 
     def _tree_cache(self, ranks: int) -> TreeCache:
         """The server's end of the radix backend, on SGLang's own message queue."""
@@ -167,6 +176,7 @@ class SglangEngine:
             )
         except ValueError as error:
             raise EngineError(f"request {rid}: {error}") from error
+        self._answered += 1
         return out
 
     def generated_tokens(self, rid: str) -> int:
@@ -174,6 +184,14 @@ class SglangEngine:
         or so."""
         state = self._engine.tokenizer_manager.rid_to_state.get(self._names.get(rid, rid))
         return 0 if state is None else len(state.output_ids)
+
+    def _progress(self) -> int | None:
+        """Answers and tokens so far, as far as SGLang has said; None while it has no request."""
+        states = list(self._engine.tokenizer_manager.rid_to_state.values())
+        return self._answered + sum(len(state.output_ids) for state in states) if states else None
+
+    async def _one_token(self) -> None:
+        await self._ask(f"pulse-{uuid.uuid4().hex}", "", [0], _SCORING)
 
     async def most_running(self) -> int:
         """Requests that it runs at once; more would wait in its own queue, in order."""

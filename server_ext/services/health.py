@@ -1,9 +1,9 @@
 """gRPC health, on the main port and, from the first second on, on a port of its own.
 
 The health port has its own threads: it answers NOT_SERVING while the engine loads, and again when
-the event loop has not turned for a while, so that a probe sees a hung server. A call holds a thread
-from its beginning on, also while its message does not come; so there are many threads (made when
-they are needed), and connections do not last: a probe makes a new one.
+nothing has moved for a while: the event loop does not turn, or the engine's work stands still. A call
+holds a thread from its beginning on, also while its message does not come; so there are many threads
+(made when they are needed), and connections do not last: a probe makes a new one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ _OPTIONS = [
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Status of the server; `serving(True)` once it has generated, `beat` from the event loop.
+    """Status of the server; `serving(True)` once it has generated, `beat` whenever work moved.
 
     Check only: a watcher would hold a thread of those that probes need.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stale_s: float | None = None) -> None:
+        """`stale_s`: without a beat for so long the server counts as stuck [s]; None: a minute."""
+        self._stale_s = stale_s
         self._inner = health.HealthServicer()
         self._beat = time.monotonic()
         self.serving(False)
@@ -45,17 +47,19 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
     def serving(self, yes: bool) -> None:
+        self.beat()
         status = health_pb2.HealthCheckResponse
         for service in SERVICES:
             self._inner.set(service, status.SERVING if yes else status.NOT_SERVING)
         self._ready = yes
 
     def beat(self) -> None:
-        """The event loop is alive."""
+        """Work has moved."""
         self._beat = time.monotonic()
 
     def Check(self, request: Any, context: Any) -> Any:
-        if self._ready and time.monotonic() - self._beat > _STALE_S:
+        stale_s = _STALE_S if self._stale_s is None else self._stale_s
+        if self._ready and time.monotonic() - self._beat > stale_s:
             return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
         return self._inner.Check(request, context)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from ibtree.errors import FieldError
 from ibtree.messages import QueueStats
 from ibtree.tree.options import check_range
 from ibtree.wire.messages import stats_to_proto
@@ -18,13 +19,14 @@ from ibtree.wire.v1 import queue_pb2_grpc, tree_pb2
 from server_ext.errors import UnknownLeaseError
 from server_ext.queue.journal import Journal, Leased
 from server_ext.queue.journal_thread import JournalThread
-from server_ext.queue.producer import Producer
+from server_ext.queue.producer import OPERATOR, Producer
 from server_ext.services.statuses import reported
 
 _log = logging.getLogger(__name__)
 _MAX_TREES = 1024
 _MAX_LEASE_S = 86400.0
 _MAX_WAIT_S = 600.0
+_MAX_REASON_CHARACTERS = 256
 _MAX_RESPONSE_BYTES = 3 * 1024 * 1024  # below gRPC's default limit of 4 MiB
 
 
@@ -62,7 +64,7 @@ class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
                 if leased and not leases:
                     continue  # all were unreadable, and are gone: the next ones
                 left_s = until - time.monotonic()
-                if left_s <= 0:
+                if left_s <= 0 or self._producer.stopping:
                     break
                 if not leases:  # look again at least every second: leases run out silently
                     await self._producer.graded(min(left_s, 1.0))
@@ -93,7 +95,37 @@ class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
         async with reported(context):
             counts = await self._journal(Journal.counts)
             named = {state.value: count for state, count in counts.items()}
-            return stats_to_proto(QueueStats(**named, interactive=self._interactive()))
+            held = self._producer.taking.reasons
+            return stats_to_proto(QueueStats(**named, interactive=self._interactive(), held=held))
+
+    async def PauseQueue(
+        self, request: pb.PauseQueueRequest, context: Any
+    ) -> pb.PauseQueueResponse:
+        async with reported(context):
+            self._hold(request.reason or "paused")
+            return pb.PauseQueueResponse(growing=await self._producer.idle(0.0))
+
+    async def ResumeQueue(
+        self, request: pb.ResumeQueueRequest, context: Any
+    ) -> pb.ResumeQueueResponse:
+        async with reported(context):
+            self._producer.taking.release(OPERATOR)
+            return pb.ResumeQueueResponse(held=self._producer.taking.reasons)
+
+    async def DrainQueue(
+        self, request: pb.DrainQueueRequest, context: Any
+    ) -> pb.DrainQueueResponse:
+        async with reported(context):
+            wait_s = request.wait_s if request.HasField("wait_s") else 0.0
+            check_range("wait_s", wait_s, 0.0, _MAX_WAIT_S)
+            self._hold(request.reason or "drained")
+            return pb.DrainQueueResponse(growing=await self._producer.idle(wait_s))
+
+    def _hold(self, reason: str) -> None:
+        if len(reason) > _MAX_REASON_CHARACTERS:
+            problem = f"{len(reason)} characters"
+            raise FieldError("reason", problem, f"at most {_MAX_REASON_CHARACTERS}")
+        self._producer.taking.hold(OPERATOR, reason)
 
     async def _readable(self, leased: Leased) -> pb.TreeLease | None:
         """The lease with its tree; None for bytes that are none, which the journal then buries."""

@@ -21,7 +21,7 @@ from ibtree.wire.unparsed import UnparsedPrompts
 from ibtree.wire.v1 import sampling_pb2 as pb
 from ibtree.wire.v1 import sampling_pb2_grpc
 from server_ext.capacity.shares import Kind
-from server_ext.errors import BusyError, QueueFullError
+from server_ext.errors import BusyError, QueueFullError, StoppingError
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.producer import Producer
@@ -45,6 +45,7 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         self._forest, self._journal, self._producer = forest, journal, producer
         self._max_queued = max_queued
         self._growths = Growths()
+        self._stopping = False
 
     @property
     def interactive(self) -> int:
@@ -54,6 +55,11 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
     async def stop(self) -> None:
         """Ends the trees that grow for SampleTree calls."""
         await self._growths.stop()
+
+    def stop_taking(self) -> None:
+        """No tree begins any more; calls whose trees have not begun end with UNAVAILABLE."""
+        self._stopping = True
+        self._growths.leave_out(self._forest.has_begun)
 
     def add_to(self, server: Any) -> None:
         sampling_pb2_grpc.add_TreeSamplingServiceServicer_to_server(self, server)
@@ -92,6 +98,8 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
                         yield pb.SampleTreeResponse(progress=progress_to_proto(progress))
                     else:
                         yield pb.SampleTreeResponse(expansion=expansion_to_proto(event))
+                if growth.task.cancelled():  # by stop_taking
+                    raise StoppingError
                 for message in growth.task.result():
                     yield message
             finally:
@@ -103,6 +111,8 @@ class SamplingService(sampling_pb2_grpc.TreeSamplingServiceServicer):
         self, tree_only: bool, arrived: float, job: Job, emit: Callable[[Expansion], None]
     ) -> list[bytes]:
         """The stream's last messages."""
+        if self._stopping:
+            raise StoppingError
         tree = await self._forest.grow_for_call(job, _ignore if tree_only else emit, arrived)
         text = self._forest.text if job.include_text else None
         return await self._forest.off_loop(tree_messages, tree, text)

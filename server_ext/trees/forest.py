@@ -30,6 +30,7 @@ from server_ext.trees.grower import SCHEDULES, Grower
 from server_ext.trees.job import Job
 from server_ext.trees.limits import Limits
 from server_ext.trees.off_loop import OffLoop
+from server_ext.trees.remaining import left_s
 from server_ext.trees.sampler import SamplerParts, TreeSampler
 from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
@@ -89,6 +90,8 @@ class Forest:
         self._open: dict[str, Tree] = {}
         self._samplers: dict[int, tuple[Tree, TreeSampler]] = {}
         """Of the jobs that grow now, by identity."""
+        self._since: dict[int, float] = {}
+        """When they began, by `time.monotonic`."""
         self._starting = 0
         """Rollouts that trees will want which have a permit and have not begun."""
         self.off_loop = OffLoop("prompts")
@@ -120,6 +123,17 @@ class Forest:
             target_trajectories=job.options.trajectories,
             elapsed_s=max(time.time() - since_s, 0.0),
         )
+
+    def has_begun(self, job: Job) -> bool:
+        """Whether the job's tree grows now; one that has ended does not."""
+        return id(job) in self._samplers
+
+    def left_s(self, job: Job) -> float | None:
+        """Seconds to the end of the job's tree at its pace so far; None: it has none yet."""
+        if id(job) not in self._samplers:
+            return None
+        tree, _ = self._samplers[id(job)]
+        return left_s(tree, time.monotonic() - self._since[id(job)])
 
     def check(self, prompt: Prompt) -> Job:
         """The job of a prompt. Raises FieldError that names the field and what is allowed."""
@@ -265,6 +279,7 @@ class Forest:
         self._open[name] = tree
         self._samplers[id(job)] = tree, sampler
         outcome = Outcome.FAILED
+        self._since[id(job)] = time.monotonic()
         try:
             strategy = strategy_named(job.options.strategy)
             await Grower(tree, strategy, sampler, tell, job.until).grow()
@@ -277,7 +292,7 @@ class Forest:
             raise
         finally:
             sampler.close()
-            del self._open[name], self._samplers[id(job)]
+            del self._open[name], self._samplers[id(job)], self._since[id(job)]
             self._engine.trees.drop(name)
             self._ended(tree, job.kind, outcome)
         return tree

@@ -143,6 +143,12 @@ class Growths:
         if growth := self._by_id.get(call_id):
             await self._end(growth)
 
+    def leave_out(self, begun: Callable[[Job], bool]) -> None:
+        """Cancels the trees that have not begun to grow; their streams find them cancelled."""
+        for growth in self._all:
+            if not growth.task.done() and not begun(growth.job):
+                growth.task.cancel()
+
     async def stop(self) -> None:
         """Ends them all."""
         await asyncio.gather(*(self._end(growth) for growth in [*self._all]))

@@ -8,6 +8,7 @@ import os
 import pytest
 import yaml
 
+import ibtree
 from ibtpo_settings import Settings
 from learner.config import LearnerConfig
 from server_ext.config import ServerConfig
@@ -116,6 +117,25 @@ def test_print_config_reads_back_to_the_same_settings(kind, needed, tmp_path, ca
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "hot"])
 def test_temperature_must_be_a_number(kind, needed, value):
     assert "--temperature" in refused(kind, [*needed, f"--temperature={value}"])
+
+
+@BOTH
+def test_a_temperature_that_is_none_for_the_engine(kind, needed):
+    """Below 1e-6 its log-probabilities are those at temperature 1."""
+    field = "limit-temperature" if kind is ServerConfig else "temperature"
+    assert f"--{field}" in refused(kind, [*needed, f"--{field}=9.9e-7"])
+    assert getattr(kind.load("prog", [*needed, f"--{field}=1e-6"]), field.replace("-", "_")) == 1e-6
+
+
+@BOTH
+@pytest.mark.parametrize("more", [[], ["--colour=red"], ["--config=nowhere"]])
+def test_the_version(kind, needed, more, capsys):
+    """Whatever else is there, or missing."""
+    for argv in ([*more, "--version"], [*needed, "--version", *more]):
+        with pytest.raises(SystemExit) as caught:
+            kind.load("prog", argv)
+        assert caught.value.code == 0
+        assert capsys.readouterr().out == f"prog {ibtree.__version__}\n"
 
 
 @BOTH

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from ibtree.wire.v1 import tree_pb2 as ibtree_dot_v1_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ibtree/v1/queue.proto\x12\tibtree.v1\x1a\x14ibtree/v1/tree.proto\"h\n\x11LeaseTreesRequest\x12\x11\n\tmax_trees\x18\x01 \x01(\x05\x12\x14\n\x07lease_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06wait_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_lease_sB\t\n\x07_wait_s\"M\n\tTreeLease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x1d\n\x04tree\x18\x02 \x01(\x0b\x32\x0f.ibtree.v1.Tree\x12\x0f\n\x07returns\x18\x03 \x01(\x05\":\n\x12LeaseTreesResponse\x12$\n\x06leases\x18\x01 \x03(\x0b\x32\x14.ibtree.v1.TreeLease\"I\n\x12\x45xtendLeaseRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x14\n\x07lease_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_lease_s\"\x15\n\x13\x45xtendLeaseResponse\"$\n\x0f\x41\x63kTreesRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\"\x12\n\x10\x41\x63kTreesResponse\"5\n\x10NackTreesRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x13\n\x11NackTreesResponse\"\x16\n\x14GetQueueStatsRequest\"\x8a\x01\n\x15GetQueueStatsResponse\x12\x0e\n\x06queued\x18\x01 \x01(\x03\x12\x0f\n\x07growing\x18\x02 \x01(\x03\x12\x0e\n\x06graded\x18\x03 \x01(\x03\x12\x0e\n\x06leased\x18\x04 \x01(\x03\x12\r\n\x05\x61\x63ked\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x65\x61\x64\x18\x06 \x01(\x03\x12\x13\n\x0binteractive\x18\x07 \x01(\x03\x32\x8c\x03\n\x10TreeQueueService\x12I\n\nLeaseTrees\x12\x1c.ibtree.v1.LeaseTreesRequest\x1a\x1d.ibtree.v1.LeaseTreesResponse\x12L\n\x0b\x45xtendLease\x12\x1d.ibtree.v1.ExtendLeaseRequest\x1a\x1e.ibtree.v1.ExtendLeaseResponse\x12\x43\n\x08\x41\x63kTrees\x12\x1a.ibtree.v1.AckTreesRequest\x1a\x1b.ibtree.v1.AckTreesResponse\x12\x46\n\tNackTrees\x12\x1b.ibtree.v1.NackTreesRequest\x1a\x1c.ibtree.v1.NackTreesResponse\x12R\n\rGetQueueStats\x12\x1f.ibtree.v1.GetQueueStatsRequest\x1a .ibtree.v1.GetQueueStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ibtree/v1/queue.proto\x12\tibtree.v1\x1a\x14ibtree/v1/tree.proto\"h\n\x11LeaseTreesRequest\x12\x11\n\tmax_trees\x18\x01 \x01(\x05\x12\x14\n\x07lease_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06wait_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_lease_sB\t\n\x07_wait_s\"M\n\tTreeLease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x1d\n\x04tree\x18\x02 \x01(\x0b\x32\x0f.ibtree.v1.Tree\x12\x0f\n\x07returns\x18\x03 \x01(\x05\":\n\x12LeaseTreesResponse\x12$\n\x06leases\x18\x01 \x03(\x0b\x32\x14.ibtree.v1.TreeLease\"I\n\x12\x45xtendLeaseRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x14\n\x07lease_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_lease_s\"\x15\n\x13\x45xtendLeaseResponse\"$\n\x0f\x41\x63kTreesRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\"\x12\n\x10\x41\x63kTreesResponse\"5\n\x10NackTreesRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x13\n\x11NackTreesResponse\"\x16\n\x14GetQueueStatsRequest\"\x98\x01\n\x15GetQueueStatsResponse\x12\x0e\n\x06queued\x18\x01 \x01(\x03\x12\x0f\n\x07growing\x18\x02 \x01(\x03\x12\x0e\n\x06graded\x18\x03 \x01(\x03\x12\x0e\n\x06leased\x18\x04 \x01(\x03\x12\r\n\x05\x61\x63ked\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x65\x61\x64\x18\x06 \x01(\x03\x12\x13\n\x0binteractive\x18\x07 \x01(\x03\x12\x0c\n\x04held\x18\x0c \x03(\t\"#\n\x11PauseQueueRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"%\n\x12PauseQueueResponse\x12\x0f\n\x07growing\x18\x01 \x01(\x03\"\x14\n\x12ResumeQueueRequest\"#\n\x13ResumeQueueResponse\x12\x0c\n\x04held\x18\x01 \x03(\t\"C\n\x11\x44rainQueueRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x13\n\x06wait_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_wait_s\"%\n\x12\x44rainQueueResponse\x12\x0f\n\x07growing\x18\x01 \x01(\x03\x32\xf0\x04\n\x10TreeQueueService\x12I\n\nLeaseTrees\x12\x1c.ibtree.v1.LeaseTreesRequest\x1a\x1d.ibtree.v1.LeaseTreesResponse\x12L\n\x0b\x45xtendLease\x12\x1d.ibtree.v1.ExtendLeaseRequest\x1a\x1e.ibtree.v1.ExtendLeaseResponse\x12\x43\n\x08\x41\x63kTrees\x12\x1a.ibtree.v1.AckTreesRequest\x1a\x1b.ibtree.v1.AckTreesResponse\x12\x46\n\tNackTrees\x12\x1b.ibtree.v1.NackTreesRequest\x1a\x1c.ibtree.v1.NackTreesResponse\x12R\n\rGetQueueStats\x12\x1f.ibtree.v1.GetQueueStatsRequest\x1a .ibtree.v1.GetQueueStatsResponse\x12I\n\nPauseQueue\x12\x1c.ibtree.v1.PauseQueueRequest\x1a\x1d.ibtree.v1.PauseQueueResponse\x12L\n\x0bResumeQueue\x12\x1d.ibtree.v1.ResumeQueueRequest\x1a\x1e.ibtree.v1.ResumeQueueResponse\x12I\n\nDrainQueue\x12\x1c.ibtree.v1.DrainQueueRequest\x1a\x1d.ibtree.v1.DrainQueueResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -53,7 +53,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETQUEUESTATSREQUEST']._serialized_start=535
   _globals['_GETQUEUESTATSREQUEST']._serialized_end=557
   _globals['_GETQUEUESTATSRESPONSE']._serialized_start=560
-  _globals['_GETQUEUESTATSRESPONSE']._serialized_end=698
-  _globals['_TREEQUEUESERVICE']._serialized_start=701
-  _globals['_TREEQUEUESERVICE']._serialized_end=1097
+  _globals['_GETQUEUESTATSRESPONSE']._serialized_end=712
+  _globals['_PAUSEQUEUEREQUEST']._serialized_start=714
+  _globals['_PAUSEQUEUEREQUEST']._serialized_end=749
+  _globals['_PAUSEQUEUERESPONSE']._serialized_start=751
+  _globals['_PAUSEQUEUERESPONSE']._serialized_end=788
+  _globals['_RESUMEQUEUEREQUEST']._serialized_start=790
+  _globals['_RESUMEQUEUEREQUEST']._serialized_end=810
+  _globals['_RESUMEQUEUERESPONSE']._serialized_start=812
+  _globals['_RESUMEQUEUERESPONSE']._serialized_end=847
+  _globals['_DRAINQUEUEREQUEST']._serialized_start=849
+  _globals['_DRAINQUEUEREQUEST']._serialized_end=916
+  _globals['_DRAINQUEUERESPONSE']._serialized_start=918
+  _globals['_DRAINQUEUERESPONSE']._serialized_end=955
+  _globals['_TREEQUEUESERVICE']._serialized_start=958
+  _globals['_TREEQUEUESERVICE']._serialized_end=1582
 # @@protoc_insertion_point(module_scope)

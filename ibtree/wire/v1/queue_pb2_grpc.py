@@ -61,6 +61,21 @@ class TreeQueueServiceStub(object):
                 request_serializer=ibtree_dot_v1_dot_queue__pb2.GetQueueStatsRequest.SerializeToString,
                 response_deserializer=ibtree_dot_v1_dot_queue__pb2.GetQueueStatsResponse.FromString,
                 _registered_method=True)
+        self.PauseQueue = channel.unary_unary(
+                '/ibtree.v1.TreeQueueService/PauseQueue',
+                request_serializer=ibtree_dot_v1_dot_queue__pb2.PauseQueueRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_queue__pb2.PauseQueueResponse.FromString,
+                _registered_method=True)
+        self.ResumeQueue = channel.unary_unary(
+                '/ibtree.v1.TreeQueueService/ResumeQueue',
+                request_serializer=ibtree_dot_v1_dot_queue__pb2.ResumeQueueRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_queue__pb2.ResumeQueueResponse.FromString,
+                _registered_method=True)
+        self.DrainQueue = channel.unary_unary(
+                '/ibtree.v1.TreeQueueService/DrainQueue',
+                request_serializer=ibtree_dot_v1_dot_queue__pb2.DrainQueueRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_queue__pb2.DrainQueueResponse.FromString,
+                _registered_method=True)
 
 
 class TreeQueueServiceServicer(object):
@@ -105,6 +120,28 @@ class TreeQueueServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseQueue(self, request, context):
+        """From now on no queued prompt begins to grow, until ResumeQueue or the next start of the server.
+        Trees that grow go on, and so do submitting, leasing and SampleTree calls.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeQueue(self, request, context):
+        """Takes PauseQueue and DrainQueue back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainQueue(self, request, context):
+        """PauseQueue, then waits until no queued prompt's tree grows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TreeQueueServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -132,6 +169,21 @@ def add_TreeQueueServiceServicer_to_server(servicer, server):
                     servicer.GetQueueStats,
                     request_deserializer=ibtree_dot_v1_dot_queue__pb2.GetQueueStatsRequest.FromString,
                     response_serializer=ibtree_dot_v1_dot_queue__pb2.GetQueueStatsResponse.SerializeToString,
+            ),
+            'PauseQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseQueue,
+                    request_deserializer=ibtree_dot_v1_dot_queue__pb2.PauseQueueRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_queue__pb2.PauseQueueResponse.SerializeToString,
+            ),
+            'ResumeQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeQueue,
+                    request_deserializer=ibtree_dot_v1_dot_queue__pb2.ResumeQueueRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_queue__pb2.ResumeQueueResponse.SerializeToString,
+            ),
+            'DrainQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainQueue,
+                    request_deserializer=ibtree_dot_v1_dot_queue__pb2.DrainQueueRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_queue__pb2.DrainQueueResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -271,6 +323,87 @@ class TreeQueueService(object):
             '/ibtree.v1.TreeQueueService/GetQueueStats',
             ibtree_dot_v1_dot_queue__pb2.GetQueueStatsRequest.SerializeToString,
             ibtree_dot_v1_dot_queue__pb2.GetQueueStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.TreeQueueService/PauseQueue',
+            ibtree_dot_v1_dot_queue__pb2.PauseQueueRequest.SerializeToString,
+            ibtree_dot_v1_dot_queue__pb2.PauseQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.TreeQueueService/ResumeQueue',
+            ibtree_dot_v1_dot_queue__pb2.ResumeQueueRequest.SerializeToString,
+            ibtree_dot_v1_dot_queue__pb2.ResumeQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.TreeQueueService/DrainQueue',
+            ibtree_dot_v1_dot_queue__pb2.DrainQueueRequest.SerializeToString,
+            ibtree_dot_v1_dot_queue__pb2.DrainQueueResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,14 @@ class TreeQueueServiceStub:
     """Gives trees back, to be leased again or, after too many nacks, to be dead."""
     GetQueueStats: _grpc.UnaryUnaryMultiCallable[_queue_pb2.GetQueueStatsRequest, _queue_pb2.GetQueueStatsResponse]
     """Trees by state."""
+    PauseQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.PauseQueueRequest, _queue_pb2.PauseQueueResponse]
+    """From now on no queued prompt begins to grow, until ResumeQueue or the next start of the server.
+    Trees that grow go on, and so do submitting, leasing and SampleTree calls.
+    """
+    ResumeQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ResumeQueueRequest, _queue_pb2.ResumeQueueResponse]
+    """Takes PauseQueue and DrainQueue back."""
+    DrainQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.DrainQueueRequest, _queue_pb2.DrainQueueResponse]
+    """PauseQueue, then waits until no queued prompt's tree grows."""
 
 @_typing.type_check_only
 class TreeQueueServiceAsyncStub(TreeQueueServiceStub):
@@ -71,6 +79,14 @@ class TreeQueueServiceAsyncStub(TreeQueueServiceStub):
     """Gives trees back, to be leased again or, after too many nacks, to be dead."""
     GetQueueStats: _aio.UnaryUnaryMultiCallable[_queue_pb2.GetQueueStatsRequest, _queue_pb2.GetQueueStatsResponse]  # type: ignore[assignment]
     """Trees by state."""
+    PauseQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.PauseQueueRequest, _queue_pb2.PauseQueueResponse]  # type: ignore[assignment]
+    """From now on no queued prompt begins to grow, until ResumeQueue or the next start of the server.
+    Trees that grow go on, and so do submitting, leasing and SampleTree calls.
+    """
+    ResumeQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.ResumeQueueRequest, _queue_pb2.ResumeQueueResponse]  # type: ignore[assignment]
+    """Takes PauseQueue and DrainQueue back."""
+    DrainQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.DrainQueueRequest, _queue_pb2.DrainQueueResponse]  # type: ignore[assignment]
+    """PauseQueue, then waits until no queued prompt's tree grows."""
 
 class TreeQueueServiceServicer(metaclass=_abc_1.ABCMeta):
     """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
@@ -120,5 +136,31 @@ class TreeQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.GetQueueStatsResponse, _abc.Awaitable[_queue_pb2.GetQueueStatsResponse]]:
         """Trees by state."""
+
+    @_abc_1.abstractmethod
+    def PauseQueue(
+        self,
+        request: _queue_pb2.PauseQueueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.PauseQueueResponse, _abc.Awaitable[_queue_pb2.PauseQueueResponse]]:
+        """From now on no queued prompt begins to grow, until ResumeQueue or the next start of the server.
+        Trees that grow go on, and so do submitting, leasing and SampleTree calls.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeQueue(
+        self,
+        request: _queue_pb2.ResumeQueueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.ResumeQueueResponse, _abc.Awaitable[_queue_pb2.ResumeQueueResponse]]:
+        """Takes PauseQueue and DrainQueue back."""
+
+    @_abc_1.abstractmethod
+    def DrainQueue(
+        self,
+        request: _queue_pb2.DrainQueueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.DrainQueueResponse, _abc.Awaitable[_queue_pb2.DrainQueueResponse]]:
+        """PauseQueue, then waits until no queued prompt's tree grows."""
 
 def add_TreeQueueServiceServicer_to_server(servicer: TreeQueueServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

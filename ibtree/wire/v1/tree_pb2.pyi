@@ -97,7 +97,7 @@ class SamplingOptions(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MIN_P_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Softmax temperature, > 0. Log-probabilities on the wire are at this temperature."""
+    """Softmax temperature, at least 1e-6. Log-probabilities on the wire are at this temperature."""
     top_p: _builtins.float
     """Nucleus mass in (0, 1]; 1 keeps every token."""
     top_k: _builtins.int

@@ -157,6 +157,8 @@ def test_a_mapping_of_bad_options_is_refused(mapping, field):
         ("sampling.temperature", math.nan, "(0.0, 100.0]"),
         ("sampling.temperature", 0.0, "(0.0, 100.0]"),
         ("sampling.temperature", math.inf, "(0.0, 100.0]"),
+        ("sampling.temperature", 9e-7, "at least 1e-06"),
+        ("sampling.temperature", 5e-324, "at least 1e-06"),
         ("sampling.top_p", 0.0, "(0.0, 1.0]"),
         ("sampling.top_p", 1.1, "(0.0, 1.0]"),
         ("sampling.top_k", 0, "[1, "),

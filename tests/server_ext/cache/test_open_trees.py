@@ -120,3 +120,18 @@ def test_a_large_tree_does_not_hold_up_the_scheduler():
         trees.finished(f"t/{number}", path, at, at, node=number)
         slowest_s = max(slowest_s, time.process_time() - began)
     assert slowest_s < 0.02
+
+
+@pytest.mark.parametrize(
+    ("page", "prompt", "cached", "refilled"),
+    [(1, 30, 16, 13), (16, 30, 16, 0), (16, 30, 0, 16), (16, 33, 16, 16), (64, 40, 0, 0)],
+)
+def test_pages_that_cannot_be_found_are_not_refilled(page, prompt, cached, refilled):
+    """The cache finds whole pages: the tokens after the last one are computed every time."""
+    trees = OpenTrees(10**6, page)
+    trees.open("t", 1.0)
+    path = key(("", tuple(range(48))))
+    trees.finished("t/0", path, 2, 0, node=1)
+    trees.started("t/1")
+    trees.finished("t/1", path, prompt, cached, node=1)
+    assert trees.close("t").refilled == refilled

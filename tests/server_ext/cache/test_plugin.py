@@ -28,3 +28,34 @@ def test_messages_survive_the_wire():
         now_s=1.5, opened={"a/1": 2.5}, closed=["b"], probes=[[1, 2]], reply=3
     )
     assert msgpack_decode(msgpack_encode(message)) == message
+
+
+@pytest.mark.parametrize(
+    ("fact", "says"),
+    [
+        ("disable_radix_cache", "keeps no prefixes"),
+        ("is_hybrid_swa", "--disable-hybrid-swa-memory"),
+        ("is_hybrid_ssm", "recurrent"),
+    ],
+)
+def test_where_the_backend_does_not_work_the_start_fails(monkeypatch, fact, says):
+    """With SGLang's own cache in its place the first message would kill the scheduler."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    took = {f"{plugin._SCHEDULER}.{name}" for name in plugin._HOOKS}
+    monkeypatch.setattr(HookRegistry, "_patched", took)
+    facts = dict.fromkeys(("disable_radix_cache", "is_hybrid_swa", "is_hybrid_ssm"), False)
+    with pytest.raises(RuntimeError, match=says):
+        plugin._create(SimpleNamespace(**facts | {fact: True}))
+
+
+def test_another_cache_does_not_kill_the_scheduler():
+    class Dispatcher(list):
+        def __iadd__(self, other):
+            self.append(other)
+            return self
+
+    scheduler = SimpleNamespace(tree_cache=object(), _request_dispatcher=Dispatcher())
+    plugin._take_messages(None, scheduler)
+    (ours,) = scheduler._request_dispatcher
+    assert ours(plugin.TreeCacheReqInput(now_s=1.0, reply=3)) is None
