@@ -1,9 +1,9 @@
 """gRPC health, on the main port and, from the first second on, on a port of its own.
 
 The health port has its own threads: it answers NOT_SERVING while the engine loads, and again when
-nothing has moved for a while: the event loop does not turn, or the engine's work stands still. A call
-holds a thread from its beginning on, also while its message does not come; so there are many threads
-(made when they are needed), and connections do not last: a probe makes a new one.
+nothing has moved for a while: the event loop does not turn, or the engine's work stands still. A
+call holds a thread from its beginning on, also while its message does not come; so there are many
+threads (made when they are needed), and connections do not last: a probe makes a new one.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server_ext.engine.names_of_0_5_21 import CALLED, HELD, SGLANG
 
 import tests.server_ext.cache.scheduler  # noqa: F401  prepares sglang for the CPU
 from server_ext.attention import registry
 from server_ext.cache import plugin
 from server_ext.engine import names
+from server_ext.engine.names_of_0_5_21 import CALLED, HELD, SGLANG
 from server_ext.errors import OtherSglangError
 from tests import ROOT
 
