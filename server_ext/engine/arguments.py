@@ -59,6 +59,8 @@ def server_arguments(
     SGLang is not the one this is written against.
     """
     names.check()
+    from sglang.srt.server_args import prepare_server_args
+
     _check_environment(os.environ)
     registry.add_choice()  # SGLang loads plugins only after it has read its arguments
     ours = [f"--model-path={model}", f"--dtype={dtype}", "--page-size=1"]
@@ -66,18 +68,27 @@ def server_arguments(
     quiet = ["--log-level=error", "--skip-server-warmup"]
     defaults = cpu.SERVER_ARGUMENTS if device == "cpu" else []
 
-    def checked(server_args: Any) -> Any:
-        if backend:  # else the engine is one to compare with, and SGLang's own matter
-            known = Resolved(server_args)
-            stored = stored_types or {}
-            check(Launch(known.values, known.model, device, dtype, model, backend, stored))
+    with _rejections():
+        server_args = prepare_server_args([*ours, *quiet, *defaults, *arguments])
+    if not backend:  # the engine is one to compare with, and SGLang's own matter
         return server_args
 
-    # what was asked for first: SGLang may refuse it too, but does not know our reasons
-    asked = checked(_parsed([*ours, *quiet, *defaults, *arguments]))
+    def launch() -> Launch:
+        known = Resolved(server_args)
+        stored = stored_types or {}
+        return Launch(known.values, known.model, device, dtype, model, backend, stored)
+
     with _rejections():
-        asked.resolve_once()  # as the engine would do: decides what was left open
-    return checked(asked)
+        asked = launch()
+    try:
+        with _rejections():
+            server_args.resolve_once()  # as the engine would do: decides what was left open
+            decided = launch()
+    except FieldError:
+        check(asked)  # SGLang may refuse the same, but does not know our reasons
+        raise
+    check(decided)
+    return server_args
 
 
 def check(launch: Launch) -> None:
@@ -85,13 +96,6 @@ def check(launch: Launch) -> None:
     for mode in MODES:
         if found := mode.found(launch):
             raise FieldError(mode.field, f"{mode.name} ({found}): {mode.why}", mode.instead)
-
-
-def _parsed(line: Sequence[str]) -> Any:
-    from sglang.srt.server_args import prepare_server_args
-
-    with _rejections():
-        return prepare_server_args(list(line))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 
 import tests.server_ext.cache.scheduler  # noqa: F401  prepares sglang for the CPU
 from ibtree.errors import FieldError
-from server_ext.engine.arguments import Resolved, _parsed, check, server_arguments
+from server_ext.engine.arguments import Resolved, check, server_arguments
 from server_ext.engine.modes import MODES, Launch
 from tests import ROOT
 
@@ -92,8 +92,11 @@ def test_refused_by_whoever_sees_it_first(arguments):
 def test_what_sglang_decides_itself_counts_like_what_was_asked_for():
     """Its record of the arguments says what was asked for only. Here the radix cache was asked for,
     and SGLang puts it off: it does not know that the backend takes both."""
+    from sglang.srt.server_args import prepare_server_args
+
     backend = "--attention-backend=flashinfer"
-    server_args = _parsed([f"--model-path={MODEL}", "--device=cpu", backend, DETERMINISTIC])
+    line = [f"--model-path={MODEL}", "--device=cpu", backend, DETERMINISTIC]
+    server_args = prepare_server_args(line)
     server_args.resolve_once()
     assert not server_args.disable_radix_cache
     assert Resolved(server_args).values["disable_radix_cache"]

@@ -80,6 +80,15 @@ def test_a_function_and_an_attribute_that_are_gone(monkeypatch):
         names.check()
 
 
+def test_a_package_that_sglang_lacks_is_not_taken_for_a_name_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "lacking.py").write_text("import nowhere_to_be_found")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
+        names._find("lacking.name")
+    with pytest.raises(LookupError):
+        names._find("nowhere_at_all.name")
+
+
 def test_our_own_hooks_are_seen_through():
     import functools
 
