@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ibtree.client import AsyncClient, Client
 
 __version__ = "0.1.0"
-"""The project's; pyproject.toml reads it here."""
+"""The project's, as in pyproject.toml."""
 
 __all__ = [
     "AsyncClient",

@@ -10,8 +10,8 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import SettingsConfigDict
 
 from ibtpo_settings import Settings
+from ibtpo_settings.numbers import Temperature
 from ibtpo_settings.texts import Texts, added_up
-from ibtree.tree.options import LOWEST_TEMPERATURE
 
 
 class LearnerConfig(Settings):
@@ -114,7 +114,7 @@ class LearnerConfig(Settings):
     """K."""
     branch_rollouts: int = Field(default=1, ge=1)
     """B. Trajectories of a tree: G = B0 + (L - 1) K B."""
-    temperature: float = Field(default=0.7, ge=LOWEST_TEMPERATURE)
+    temperature: Temperature = 0.7
     """Sampling temperature; log-probabilities on both sides are at it."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus mass."""
@@ -214,7 +214,7 @@ class LearnerConfig(Settings):
     """Steps between evaluations; 0 evaluates before and after only."""
     eval_samples: int = Field(default=1, ge=1, le=4096)
     """Rollouts a held-out problem: its accuracy is their mean reward."""
-    eval_temperature: float | None = Field(default=None, ge=LOWEST_TEMPERATURE)
+    eval_temperature: Temperature | None = None
     """Sampling temperature of evaluations. null: temperature."""
     eval_top_p: float | None = Field(default=None, gt=0, le=1)
     """Nucleus mass of evaluations. null: top_p."""

@@ -133,7 +133,7 @@ def _prepare(
     journal = JournalThread(partial(_journal, config))
     stack.callback(journal.close)
     store = WeightStore(config.data_dir / "weights", model_id, config.keep_weights)
-    arguments = server_arguments(
+    server_args = server_arguments(
         str(config.model),
         config.device,
         config.dtype,
@@ -141,6 +141,7 @@ def _prepare(
         sglang_arguments,
         {spec.name: spec.dtype for spec in specs.values()},
     )
+    arguments = Resolved(server_args)
     logs.begin()
     check_context(config, arguments.context_tokens)
     return _Prepared(

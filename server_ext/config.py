@@ -9,7 +9,8 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ibtpo_settings import Settings
-from ibtree.tree.options import LOWEST_TEMPERATURE, MAX_TRAJECTORIES
+from ibtpo_settings.numbers import Temperature
+from ibtree.tree.options import MAX_TRAJECTORIES
 from server_ext.cache.names import DEFAULT_FRACTION
 
 
@@ -97,7 +98,7 @@ class ServerConfig(Settings):
     """Most trajectories a prompt may ask for."""
     limit_new_tokens: int | None = Field(default=None, ge=1)
     """Largest max_new_tokens a prompt may ask for. null: what the model's context leaves."""
-    limit_temperature: float | None = Field(default=None, ge=LOWEST_TEMPERATURE)
+    limit_temperature: Temperature | None = None
     """Highest temperature a prompt may ask for. null: 100."""
     limit_deadline_s: float | None = Field(default=None, gt=0)
     """Longest deadline of a tree, and that of a tree whose prompt asks for none. null: no limit."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ _OFF = ("", "0", "false", "f", "no", "n", "off")
 
 @dataclass(frozen=True)
 class Resolved:
-    """The arguments as SGLang takes them: `server_args` is its own record."""
+    """The arguments as SGLang takes them: `server_args` is its own record, resolved or not."""
 
     server_args: Any
 
@@ -49,29 +50,45 @@ def server_arguments(
     backend: str,
     arguments: Sequence[str],
     stored_types: Mapping[str, str] | None = None,
-) -> Resolved:
-    """What SGLang makes of its arguments; no weights are read. `backend`: name of the radix cache
-    backend, empty for SGLang's own. `stored_types`: safetensors dtypes of the folder's tensors, by
-    name.
+) -> Any:
+    """SGLang's ServerArgs; no weights are read. `backend`: name of the radix cache backend, empty
+    for SGLang's own. `stored_types`: safetensors dtypes of the folder's tensors, by name.
 
     What the operator passes comes last and wins. Raises FieldError for arguments that SGLang
     rejects, and for a launch mode that the server does not work in (modes.py); OtherSglangError if
     SGLang is not the one this is written against.
     """
     names.check()
+    from sglang.srt.server_args import prepare_server_args
+
     _check_environment(os.environ)
     registry.add_choice()  # SGLang loads plugins only after it has read its arguments
     ours = [f"--model-path={model}", f"--dtype={dtype}", "--page-size=1"]
     ours += [f"--weight-version={_VERSION_BEFORE_ANY_PUSH}", f"--radix-cache-backend={backend}"]
     quiet = ["--log-level=error", "--skip-server-warmup"]
     defaults = cpu.SERVER_ARGUMENTS if device == "cpu" else []
-    resolved = Resolved(_parsed([*ours, *quiet, *defaults, *arguments]))
-    if backend:  # else the engine is one to compare with, and SGLang's own matter
-        launch = Launch(
-            resolved.values, resolved.model, device, dtype, model, backend, stored_types or {}
-        )
-        check(launch)
-    return resolved
+
+    with _rejections():
+        server_args = prepare_server_args([*ours, *quiet, *defaults, *arguments])
+    if not backend:  # the engine is one to compare with, and SGLang's own matter
+        return server_args
+
+    def launch() -> Launch:
+        known = Resolved(server_args)
+        stored = stored_types or {}
+        return Launch(known.values, known.model, device, dtype, model, backend, stored)
+
+    with _rejections():
+        asked = launch()
+    try:
+        with _rejections():
+            server_args.resolve_once()  # as the engine would do: decides what was left open
+            decided = launch()
+    except FieldError:
+        check(asked)  # SGLang may refuse the same, but does not know our reasons
+        raise
+    check(decided)
+    return server_args
 
 
 def check(launch: Launch) -> None:
@@ -81,15 +98,14 @@ def check(launch: Launch) -> None:
             raise FieldError(mode.field, f"{mode.name} ({found}): {mode.why}", mode.instead)
 
 
-def _parsed(line: Sequence[str]) -> Any:
-    from sglang.srt.server_args import prepare_server_args
-
+@contextmanager
+def _rejections() -> Iterator[None]:
+    """Raises FieldError for what SGLang raises: its checks are spread over many functions."""
     try:
-        return prepare_server_args(list(line))
+        yield
     except SystemExit as error:  # argparse has said what
         raise FieldError("--", "SGLang rejected its arguments", "sglang's options") from error
     except (ValueError, AssertionError, NotImplementedError, ImportError) as error:
-        # combinations that SGLang itself refuses: its checks are spread over many functions
         problem = f"SGLang rejected its arguments: {' '.join(str(error).split())}"
         raise FieldError("--", problem, "what SGLang can combine") from error
 

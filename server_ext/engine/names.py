@@ -88,7 +88,9 @@ def _find(path: str) -> Any:
     for split in range(len(parts), 0, -1):
         try:
             thing: Any = importlib.import_module(".".join(parts[:split]))
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not path.startswith(error.name or path):
+                raise  # a package that SGLang itself imports
             continue
         for name in parts[split:]:
             if not hasattr(thing, name):

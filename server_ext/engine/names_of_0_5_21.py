@@ -9,6 +9,7 @@ CALLED = {
         "prepare_server_args": "(argv)",
     },
     "srt.server_args.ServerArgs": {
+        "resolve_once": "(self)",
         "resolved_dict": "(self)",
     },
     "srt.configs.model_config.ModelConfig": {

@@ -49,7 +49,7 @@ class SglangEngine:
         arguments: Sequence[str] | Resolved,
         switch: Literal["interrupt", "drain"] = "interrupt",
     ) -> None:
-        """`arguments`: SGLang's own, or what `server_arguments` made of them. `switch`: what weight
+        """`arguments`: SGLang's own, or what it made of them. `switch`: what weight
         updates do to rollouts in flight (see `paused`)."""
         if device == "cpu":
             cpu.select()
@@ -57,7 +57,7 @@ class SglangEngine:
         from sglang.srt.managers import io_struct
 
         if not isinstance(arguments, Resolved):
-            arguments = server_arguments(model, device, dtype, self.backend, arguments)
+            arguments = Resolved(server_arguments(model, device, dtype, self.backend, arguments))
         values = arguments.values
         if values["dp_size"] > 1:
             # the controller of the ranks loads no plugins: it can not decode our messages, but

@@ -46,13 +46,12 @@ async def test_twice_in_a_row(tmp_path):
     [
         ({"strategy": "guess"}, "options.strategy", "unknown"),
         ({"grader": "oracle"}, "grader", "unknown"),
-        ({"grader": "remote"}, "reward_address", ""),
+        ({"grader": "remote"}, "grader", "--reward-address"),
         ({"limit_trajectories": 3}, "options.rounds", "--limit-trajectories"),
         ({"limit_new_tokens": 10}, "sampling.max_new_tokens", "--limit-new-tokens"),
         ({"limit_temperature": 0.5}, "sampling.temperature", "--limit-temperature"),
         ({"limit_new_tokens": 511}, "limit_new_tokens", "at most 510: the model's context is 512"),
         ({"max_new_tokens": 600}, "max_new_tokens", "at most 510: the model's context is 512"),
-        ({"separator": "\ue000"}, "separator", "tokenizer cannot make"),
         ({"model": ROOT}, "model", "config.json"),
     ],
 )

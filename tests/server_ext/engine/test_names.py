@@ -73,11 +73,20 @@ def test_a_function_and_an_attribute_that_are_gone(monkeypatch):
 
     class NextBatchPlan:
         def __init__(self, batch_to_run, running_batch):
-            self.batch_to_run = running_batch
+            pass
 
     monkeypatch.setattr(schedule_batch, "NextBatchPlan", NextBatchPlan)
-    with pytest.raises(OtherSglangError, match="NextBatchPlan has no running_batch"):
+    with pytest.raises(OtherSglangError, match="NextBatchPlan has no batch_to_run"):
         names.check()
+
+
+def test_a_package_that_sglang_lacks_is_not_taken_for_a_name_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "lacking.py").write_text("import nowhere_to_be_found")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="nowhere_to_be_found"):
+        names._find("lacking.name")
+    with pytest.raises(LookupError):
+        names._find("nowhere_at_all.name")
 
 
 def test_our_own_hooks_are_seen_through():
@@ -153,7 +162,7 @@ def test_what_is_overridden_or_called_in_a_subclass_stands_in_it() -> None:
         missing = {f"{base}.{method}" for method in used} - KNOWN
         assert not missing
         checked += len(used)
-    assert checked > 20
+    assert checked >= 20
 
 
 def test_hooks_stand_in_it() -> None:
@@ -167,7 +176,8 @@ def test_private_names_of_others_stand_in_it() -> None:
     ours = {n.attr for tree in trees for n in ast.walk(tree)
             if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
             and ast.unparse(n.value) == "self"}  # fmt: skip
-    ours |= {n.name for tree in trees for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    ours |= {n.name for tree in trees for n in ast.walk(tree) if isinstance(n, functions)}
     known = {path.rpartition(".")[2] for path in KNOWN}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
