@@ -6,7 +6,6 @@ server_ext.engine.cpu first installs the CPU stand-ins there too.
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import server_ext.engine.cpu
@@ -37,7 +36,7 @@ def _serve(argv: list[str]) -> None:
 
     import asyncio
 
-    from ibtree.errors import FieldError
+    from ibtree.errors import FieldError, IbtpoError
 
     try:
         device = server_ext.engine.cpu.resolved_device(config.device)
@@ -47,16 +46,17 @@ def _serve(argv: list[str]) -> None:
     if device == "cpu":  # before anything imports transformers: tokenizers need the stand-ins too
         server_ext.engine.cpu.select()
 
+    from ibtpo_settings.logs import log_to_stderr
     from server_ext.app import serve
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    log_to_stderr()
     try:
         with required("ibtpo-server", "cpu" if device == "cpu" else "gpu"):  # SGLang's own imports
             asyncio.run(serve(config, argv[at + 1 :]))
     except FieldError as error:
         sys.exit(f"ibtpo-server: {error.as_option()}")
+    except IbtpoError as error:
+        sys.exit(f"ibtpo-server: {error}")
 
 
 if __name__ == "__main__":

@@ -28,14 +28,16 @@ from server_ext.cache.names import FRACTION_VARIABLE
 from server_ext.config import ServerConfig
 from server_ext.engine.sglang import SglangEngine
 from server_ext.interpreter import settle
+from server_ext.queue.intake import Bounds, Intake
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.producer import Producer
+from server_ext.queue.retention import Retention
 from server_ext.rewards.base import Grader, Graders, TreeGrader
 from server_ext.rewards.exact import ExactGrader
 from server_ext.rewards.installed import installed_graders
 from server_ext.rewards.math import MathGrader
-from server_ext.rewards.pool import GradingPool
+from server_ext.rewards.pool import GradingPool, Zero
 from server_ext.rewards.regex import RegexGrader
 from server_ext.rewards.remote import RemoteGrader
 from server_ext.rewards.self_consistency import SelfConsistencyGrader
@@ -44,6 +46,7 @@ from server_ext.services.channel import SERVER_OPTIONS, keep_message_memory
 from server_ext.services.health import Health, serve_health
 from server_ext.services.metrics import Metrics, serve_metrics
 from server_ext.services.queue import QueueService
+from server_ext.services.queue_metrics import QueueMetrics
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
 from server_ext.trees.forest import Forest, check_job_names
@@ -62,7 +65,9 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
     async with AsyncExitStack() as stack:  # whatever was started is shut down, newest first
         _exit_on_signal()
         model_id = model_identity(config.model)
-        graders = _graders(config, stack)
+        metrics = Metrics()
+        queue_metrics = QueueMetrics(metrics.registry)
+        graders = _graders(config, stack, queue_metrics.zeroed)
         defaults = changed(options_from(config), separators=(config.separator,))
         check_job_names(defaults, graders, config.grader)
 
@@ -72,7 +77,6 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         health = Health()
         health_server, health_port = _bind("health_port", config, partial(serve_health, health))
         stack.callback(lambda: health_server.stop(0).wait())
-        metrics = Metrics()
         web, web_port = _bind("web_port", config, partial(serve_metrics, metrics))
         stack.callback(web.server_close)
         stack.callback(web.shutdown)
@@ -80,6 +84,8 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         tokenizer.segmenter(config.separator)  # or the start is refused
         # two servers on one journal would each grow what the other is growing
         stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
+        journal = JournalThread(partial(_journal, config))
+        stack.callback(journal.close)
 
         try:
             engine = _engine(config, sglang_arguments)
@@ -114,11 +120,10 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             max_rollouts=config.max_rollouts or await engine.most_running(),
             cache_tokens=cache.capacity_tokens or None,
             ended=metrics.tree,
+            account_lost=queue_metrics.account_lost,
         )
         auditor = Auditor(engine, forest.open_prefixes)
-        journal = JournalThread(partial(_journal, config))
-        stack.callback(journal.close)
-        producer = _add_services(server, config, forest, journal, updater)
+        producer = _add_services(server, config, forest, journal, updater, queue_metrics)
         CacheService(engine.trees, auditor).add_to(server)
         health.add_to(server)
         settle()
@@ -132,6 +137,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             producer.run(),
             engine.trees.keep_open(),
             metrics.watch(engine.trees.state),
+            queue_metrics.watch(lambda: journal(Journal.counts)),
             _raise_when(updater.broken),
         ]
         if config.audit_every_s:
@@ -162,10 +168,12 @@ async def _until(
         await asyncio.wait(tasks)
 
 
-def _graders(config: ServerConfig, stack: AsyncExitStack) -> Graders:
+def _graders(
+    config: ServerConfig, stack: AsyncExitStack, zeroed: Callable[[Zero], None] = lambda _: None
+) -> Graders:
     """Built-in names win over those of installed packages."""
     marker = config.answer_marker
-    pool = GradingPool(config.grader_workers, config.grade_timeout_s)
+    pool = GradingPool(config.grader_workers, config.grade_timeout_s, zeroed)
     stack.callback(pool.close)
     remote = RemoteGrader(config.reward_address, config.reward_timeout_s)
     stack.push_async_callback(remote.close)
@@ -197,8 +205,12 @@ def _engine(config: ServerConfig, sglang_arguments: Sequence[str]) -> SglangEngi
 
 
 def _journal(config: ServerConfig) -> Journal:
-    path = config.data_dir / "journal.sqlite"
-    return Journal(path, max_returns=config.max_returns, max_failures=config.max_failures)
+    return Journal(
+        config.data_dir / "journal.sqlite",
+        max_returns=config.max_returns,
+        max_failures=config.max_failures,
+        retention=Retention(config.keep_acked, config.keep_dead_bytes),
+    )
 
 
 def _add_services(
@@ -207,12 +219,17 @@ def _add_services(
     forest: Forest,
     journal: JournalThread,
     updater: WeightUpdater,
+    metrics: QueueMetrics,
 ) -> Producer:
+    bounds = Bounds(config.min_free_bytes, config.max_graded, config.max_weight_lag)
+    intake = Intake(journal, bounds, lambda: updater.serving.version, told=metrics.held)
     producer = Producer(
         journal,
         forest,
         lambda prompt: prompt_from_bytes(prompt, forest.defaults),
         tree_to_bytes,
+        intake,
+        metrics.ended,
     )
     sampling = SamplingService(forest, journal, producer, config.max_queued_prompts)
     queue = QueueService(journal, producer, config.lease_s, lambda: sampling.interactive)

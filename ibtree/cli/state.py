@@ -11,7 +11,10 @@ from ibtree.client import Client
 
 def _queue(arguments: argparse.Namespace) -> None:
     with Client(arguments.server) as client:
-        print_figures(asdict(client.queue_stats()), arguments.json)
+        figures = asdict(client.queue_stats())
+    if not arguments.json:
+        figures["held up by"] = ", ".join(figures.pop("holds")) or "nothing"
+    print_figures(figures, arguments.json)
 
 
 def _cache(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from ibtree.errors import IbtpoError
-from server_ext.errors import BusyError
+from server_ext.errors import BusyError, DiskFullError
 
 _log = logging.getLogger(__name__)
 _MOST_DETAILS = 1600
@@ -23,7 +23,7 @@ def _short(text: str) -> str:
 
 def _hint(error: Exception) -> tuple[tuple[str, str], ...]:
     """gRPC's own trailing metadata for "come back later"."""
-    if not isinstance(error, BusyError):
+    if not isinstance(error, BusyError | DiskFullError):
         return ()
     return (("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))),)
 

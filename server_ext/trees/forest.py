@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 import uuid
@@ -14,10 +15,12 @@ from ibtree.messages import Chat, Expansion, Progress, Prompt
 from ibtree.tree import Tree
 from ibtree.tree.options import TreeOptions, changed, check_choice, completed
 from server_ext.cache.audit import OpenPrefix
+from server_ext.cache.open_trees import TreeAccount
 from server_ext.capacity.admission import Admission
 from server_ext.capacity.calls import Calls, Pace
 from server_ext.capacity.slots import Slots
 from server_ext.engine.port import Engine
+from server_ext.errors import NoReplyError
 from server_ext.rewards.base import Graders
 from server_ext.trees.cutter import StepCutter
 from server_ext.trees.grower import SCHEDULES, Grower
@@ -28,7 +31,9 @@ from server_ext.trees.sampler import SamplerParts, TreeSampler
 from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
 
+_log = logging.getLogger(__name__)
 _MAX_ID_CHARACTERS = 256
+_MAX_ANSWER_CHARACTERS = 65_536
 _NO_LIMIT = 2**31
 
 
@@ -51,11 +56,12 @@ class Forest:
         max_rollouts: int,
         cache_tokens: int | None,
         ended: Callable[[Tree], None] = lambda _: None,
+        account_lost: Callable[[], None] = lambda: None,
     ) -> None:
         """`max_rollouts` may be in flight at once, and trees of queued prompts are opened until
         they are, at most `max_open_trees` (0: no limit of its own); `cache_tokens`: what the radix
         cache can hold for open trees (None: nobody knows); `ended` is told of each tree that was
-        grown to its end."""
+        grown to its end, `account_lost` of each whose reuse the cache did not tell."""
         self.defaults, self.model_id = defaults, model_id
         self.slots, self.pace = Slots(max_rollouts), Pace()
         rollouts = OffLoop("rollouts")
@@ -66,7 +72,7 @@ class Forest:
         self.permits = asyncio.Semaphore(max_open_trees or _NO_LIMIT)
         self.calls = Calls(max_calls, max_waiting_calls, self.pace)
         self._admission = Admission(cache_tokens)
-        self._ended = ended
+        self._ended, self._account_lost = ended, account_lost
         self._open: dict[str, Tree] = {}
         self._samplers: dict[int, tuple[Tree, TreeSampler]] = {}
         """Of the jobs that grow now, by identity."""
@@ -106,6 +112,9 @@ class Forest:
         if len(prompt.id) > _MAX_ID_CHARACTERS:
             problem = f"{len(prompt.id)} characters"
             raise FieldError("prompt.id", problem, f"at most {_MAX_ID_CHARACTERS}")
+        if len(prompt.answer) > _MAX_ANSWER_CHARACTERS:
+            problem = f"{len(prompt.answer)} characters"
+            raise FieldError("answer", problem, f"at most {_MAX_ANSWER_CHARACTERS}")
         options = completed(prompt.options, self.defaults)
         grader = prompt.grader or self._default_grader
         check_job_names(options, self._graders, grader)
@@ -224,7 +233,7 @@ class Forest:
         self._samplers[id(job)] = tree, sampler
         try:
             await Grower(tree, strategy_named(job.options.strategy), sampler, tell).grow()
-            account = await self._engine.trees.close(name)
+            account = await self._account(name)
         finally:
             sampler.close()
             del self._open[name], self._samplers[id(job)]
@@ -232,6 +241,15 @@ class Forest:
         tree.ledger.refilled_tokens = account.refilled
         tree.ledger.protected_tokens = account.protected
         return tree
+
+    async def _account(self, name: str) -> TreeAccount:
+        """What the tree reused; nothing if that got lost: the tree itself is finished."""
+        try:
+            return await self._engine.trees.close(name)
+        except NoReplyError as error:
+            _log.warning("what tree %r reused is not known: %s", name, error)
+            self._account_lost()
+            return TreeAccount()
 
     def open_prefixes(self, most: int | None = None) -> list[OpenPrefix]:
         """Prefixes of the trees that grow now: of a prompt, or of a node that has a child. At most

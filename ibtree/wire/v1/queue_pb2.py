@@ -25,35 +25,61 @@ _sym_db = _symbol_database.Default()
 from ibtree.wire.v1 import tree_pb2 as ibtree_dot_v1_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ibtree/v1/queue.proto\x12\tibtree.v1\x1a\x14ibtree/v1/tree.proto\"h\n\x11LeaseTreesRequest\x12\x11\n\tmax_trees\x18\x01 \x01(\x05\x12\x14\n\x07lease_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06wait_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_lease_sB\t\n\x07_wait_s\"M\n\tTreeLease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x1d\n\x04tree\x18\x02 \x01(\x0b\x32\x0f.ibtree.v1.Tree\x12\x0f\n\x07returns\x18\x03 \x01(\x05\":\n\x12LeaseTreesResponse\x12$\n\x06leases\x18\x01 \x03(\x0b\x32\x14.ibtree.v1.TreeLease\"I\n\x12\x45xtendLeaseRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x14\n\x07lease_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_lease_s\"\x15\n\x13\x45xtendLeaseResponse\"$\n\x0f\x41\x63kTreesRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\"\x12\n\x10\x41\x63kTreesResponse\"5\n\x10NackTreesRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x13\n\x11NackTreesResponse\"\x16\n\x14GetQueueStatsRequest\"\x8a\x01\n\x15GetQueueStatsResponse\x12\x0e\n\x06queued\x18\x01 \x01(\x03\x12\x0f\n\x07growing\x18\x02 \x01(\x03\x12\x0e\n\x06graded\x18\x03 \x01(\x03\x12\x0e\n\x06leased\x18\x04 \x01(\x03\x12\r\n\x05\x61\x63ked\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x65\x61\x64\x18\x06 \x01(\x03\x12\x13\n\x0binteractive\x18\x07 \x01(\x03\x32\x8c\x03\n\x10TreeQueueService\x12I\n\nLeaseTrees\x12\x1c.ibtree.v1.LeaseTreesRequest\x1a\x1d.ibtree.v1.LeaseTreesResponse\x12L\n\x0b\x45xtendLease\x12\x1d.ibtree.v1.ExtendLeaseRequest\x1a\x1e.ibtree.v1.ExtendLeaseResponse\x12\x43\n\x08\x41\x63kTrees\x12\x1a.ibtree.v1.AckTreesRequest\x1a\x1b.ibtree.v1.AckTreesResponse\x12\x46\n\tNackTrees\x12\x1b.ibtree.v1.NackTreesRequest\x1a\x1c.ibtree.v1.NackTreesResponse\x12R\n\rGetQueueStats\x12\x1f.ibtree.v1.GetQueueStatsRequest\x1a .ibtree.v1.GetQueueStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15ibtree/v1/queue.proto\x12\tibtree.v1\x1a\x14ibtree/v1/tree.proto\"\x82\x01\n\x11LeaseTreesRequest\x12\x11\n\tmax_trees\x18\x01 \x01(\x05\x12\x14\n\x07lease_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06wait_s\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03run\x18\x04 \x01(\tH\x02\x88\x01\x01\x42\n\n\x08_lease_sB\t\n\x07_wait_sB\x06\n\x04_run\"r\n\tTreeLease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x1d\n\x04tree\x18\x02 \x01(\x0b\x32\x0f.ibtree.v1.Tree\x12\x0f\n\x07returns\x18\x03 \x01(\x05\x12\x0f\n\x07tree_id\x18\x04 \x01(\t\x12\x12\n\ntree_bytes\x18\x05 \x01(\x03\":\n\x12LeaseTreesResponse\x12$\n\x06leases\x18\x01 \x03(\x0b\x32\x14.ibtree.v1.TreeLease\"2\n\x0fReadTreeRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\x03\" \n\x10ReadTreeResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"I\n\x12\x45xtendLeaseRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x14\n\x07lease_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_lease_s\"\x15\n\x13\x45xtendLeaseResponse\"$\n\x0f\x41\x63kTreesRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\"\x12\n\x10\x41\x63kTreesResponse\"B\n\x10NackTreesRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0b\n\x03\x62\x61\x64\x18\x03 \x01(\x08\"\x13\n\x11NackTreesResponse\"0\n\x14GetQueueStatsRequest\x12\x10\n\x03run\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x06\n\x04_run\"\x99\x01\n\x15GetQueueStatsResponse\x12\x0e\n\x06queued\x18\x01 \x01(\x03\x12\x0f\n\x07growing\x18\x02 \x01(\x03\x12\x0e\n\x06graded\x18\x03 \x01(\x03\x12\x0e\n\x06leased\x18\x04 \x01(\x03\x12\r\n\x05\x61\x63ked\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x65\x61\x64\x18\x06 \x01(\x03\x12\x13\n\x0binteractive\x18\x07 \x01(\x03\x12\r\n\x05holds\x18\x08 \x03(\t\"\x86\x01\n\x10ListTreesRequest\x12#\n\x05state\x18\x01 \x01(\x0e\x32\x14.ibtree.v1.TreeState\x12\x10\n\x03run\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x03\x12\x16\n\tmax_trees\x18\x04 \x01(\x05H\x01\x88\x01\x01\x42\x06\n\x04_runB\x0c\n\n_max_trees\"\xbc\x02\n\tTreeEntry\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\n\n\x02id\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.ibtree.v1.TreeState\x12\x10\n\x08\x66\x61ilures\x18\x04 \x01(\x05\x12\x15\n\rinterruptions\x18\x05 \x01(\x05\x12\x0f\n\x07returns\x18\x06 \x01(\x05\x12\x10\n\x08refusals\x18\x07 \x01(\x05\x12\x0f\n\x07reasons\x18\x08 \x03(\t\x12\x12\n\ntree_bytes\x18\t \x01(\x03\x12\r\n\x05\x61ge_s\x18\n \x01(\x01\x12\x14\n\x07rests_s\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x19\n\x0clease_left_s\x18\x0c \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07version\x18\r \x01(\x03H\x02\x88\x01\x01\x42\n\n\x08_rests_sB\x0f\n\r_lease_left_sB\n\n\x08_version\"F\n\x11ListTreesResponse\x12#\n\x05trees\x18\x01 \x03(\x0b\x32\x14.ibtree.v1.TreeEntry\x12\x0c\n\x04more\x18\x02 \x01(\x08\"@\n\nTreeChoice\x12\x0b\n\x03ids\x18\x01 \x03(\t\x12\x10\n\x03run\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x0b\n\x03\x61ll\x18\x03 \x01(\x08\x42\x06\n\x04_run\":\n\x12ReviveTreesRequest\x12$\n\x05trees\x18\x01 \x01(\x0b\x32\x15.ibtree.v1.TreeChoice\"&\n\x13ReviveTreesResponse\x12\x0f\n\x07revived\x18\x01 \x01(\x03\"^\n\x11PurgeTreesRequest\x12$\n\x05trees\x18\x01 \x01(\x0b\x32\x15.ibtree.v1.TreeChoice\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.ibtree.v1.TreeState\"$\n\x12PurgeTreesResponse\x12\x0e\n\x06purged\x18\x01 \x01(\x03\">\n\x14\x43\x61ncelPromptsRequest\x12&\n\x07prompts\x18\x01 \x01(\x0b\x32\x15.ibtree.v1.TreeChoice\"*\n\x15\x43\x61ncelPromptsResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x03*\xaf\x01\n\tTreeState\x12\x1a\n\x16TREE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11TREE_STATE_QUEUED\x10\x01\x12\x16\n\x12TREE_STATE_GROWING\x10\x02\x12\x15\n\x11TREE_STATE_GRADED\x10\x03\x12\x15\n\x11TREE_STATE_LEASED\x10\x04\x12\x14\n\x10TREE_STATE_ACKED\x10\x05\x12\x13\n\x0fTREE_STATE_DEAD\x10\x06\x32\x88\x06\n\x10TreeQueueService\x12I\n\nLeaseTrees\x12\x1c.ibtree.v1.LeaseTreesRequest\x1a\x1d.ibtree.v1.LeaseTreesResponse\x12\x45\n\x08ReadTree\x12\x1a.ibtree.v1.ReadTreeRequest\x1a\x1b.ibtree.v1.ReadTreeResponse0\x01\x12L\n\x0b\x45xtendLease\x12\x1d.ibtree.v1.ExtendLeaseRequest\x1a\x1e.ibtree.v1.ExtendLeaseResponse\x12\x43\n\x08\x41\x63kTrees\x12\x1a.ibtree.v1.AckTreesRequest\x1a\x1b.ibtree.v1.AckTreesResponse\x12\x46\n\tNackTrees\x12\x1b.ibtree.v1.NackTreesRequest\x1a\x1c.ibtree.v1.NackTreesResponse\x12R\n\rGetQueueStats\x12\x1f.ibtree.v1.GetQueueStatsRequest\x1a .ibtree.v1.GetQueueStatsResponse\x12\x46\n\tListTrees\x12\x1b.ibtree.v1.ListTreesRequest\x1a\x1c.ibtree.v1.ListTreesResponse\x12L\n\x0bReviveTrees\x12\x1d.ibtree.v1.ReviveTreesRequest\x1a\x1e.ibtree.v1.ReviveTreesResponse\x12I\n\nPurgeTrees\x12\x1c.ibtree.v1.PurgeTreesRequest\x1a\x1d.ibtree.v1.PurgeTreesResponse\x12R\n\rCancelPrompts\x12\x1f.ibtree.v1.CancelPromptsRequest\x1a .ibtree.v1.CancelPromptsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ibtree.wire.v1.queue_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEASETREESREQUEST']._serialized_start=58
-  _globals['_LEASETREESREQUEST']._serialized_end=162
-  _globals['_TREELEASE']._serialized_start=164
-  _globals['_TREELEASE']._serialized_end=241
-  _globals['_LEASETREESRESPONSE']._serialized_start=243
-  _globals['_LEASETREESRESPONSE']._serialized_end=301
-  _globals['_EXTENDLEASEREQUEST']._serialized_start=303
-  _globals['_EXTENDLEASEREQUEST']._serialized_end=376
-  _globals['_EXTENDLEASERESPONSE']._serialized_start=378
-  _globals['_EXTENDLEASERESPONSE']._serialized_end=399
-  _globals['_ACKTREESREQUEST']._serialized_start=401
-  _globals['_ACKTREESREQUEST']._serialized_end=437
-  _globals['_ACKTREESRESPONSE']._serialized_start=439
-  _globals['_ACKTREESRESPONSE']._serialized_end=457
-  _globals['_NACKTREESREQUEST']._serialized_start=459
-  _globals['_NACKTREESREQUEST']._serialized_end=512
-  _globals['_NACKTREESRESPONSE']._serialized_start=514
-  _globals['_NACKTREESRESPONSE']._serialized_end=533
-  _globals['_GETQUEUESTATSREQUEST']._serialized_start=535
-  _globals['_GETQUEUESTATSREQUEST']._serialized_end=557
-  _globals['_GETQUEUESTATSRESPONSE']._serialized_start=560
-  _globals['_GETQUEUESTATSRESPONSE']._serialized_end=698
-  _globals['_TREEQUEUESERVICE']._serialized_start=701
-  _globals['_TREEQUEUESERVICE']._serialized_end=1097
+  _globals['_TREESTATE']._serialized_start=1841
+  _globals['_TREESTATE']._serialized_end=2016
+  _globals['_LEASETREESREQUEST']._serialized_start=59
+  _globals['_LEASETREESREQUEST']._serialized_end=189
+  _globals['_TREELEASE']._serialized_start=191
+  _globals['_TREELEASE']._serialized_end=305
+  _globals['_LEASETREESRESPONSE']._serialized_start=307
+  _globals['_LEASETREESRESPONSE']._serialized_end=365
+  _globals['_READTREEREQUEST']._serialized_start=367
+  _globals['_READTREEREQUEST']._serialized_end=417
+  _globals['_READTREERESPONSE']._serialized_start=419
+  _globals['_READTREERESPONSE']._serialized_end=451
+  _globals['_EXTENDLEASEREQUEST']._serialized_start=453
+  _globals['_EXTENDLEASEREQUEST']._serialized_end=526
+  _globals['_EXTENDLEASERESPONSE']._serialized_start=528
+  _globals['_EXTENDLEASERESPONSE']._serialized_end=549
+  _globals['_ACKTREESREQUEST']._serialized_start=551
+  _globals['_ACKTREESREQUEST']._serialized_end=587
+  _globals['_ACKTREESRESPONSE']._serialized_start=589
+  _globals['_ACKTREESRESPONSE']._serialized_end=607
+  _globals['_NACKTREESREQUEST']._serialized_start=609
+  _globals['_NACKTREESREQUEST']._serialized_end=675
+  _globals['_NACKTREESRESPONSE']._serialized_start=677
+  _globals['_NACKTREESRESPONSE']._serialized_end=696
+  _globals['_GETQUEUESTATSREQUEST']._serialized_start=698
+  _globals['_GETQUEUESTATSREQUEST']._serialized_end=746
+  _globals['_GETQUEUESTATSRESPONSE']._serialized_start=749
+  _globals['_GETQUEUESTATSRESPONSE']._serialized_end=902
+  _globals['_LISTTREESREQUEST']._serialized_start=905
+  _globals['_LISTTREESREQUEST']._serialized_end=1039
+  _globals['_TREEENTRY']._serialized_start=1042
+  _globals['_TREEENTRY']._serialized_end=1358
+  _globals['_LISTTREESRESPONSE']._serialized_start=1360
+  _globals['_LISTTREESRESPONSE']._serialized_end=1430
+  _globals['_TREECHOICE']._serialized_start=1432
+  _globals['_TREECHOICE']._serialized_end=1496
+  _globals['_REVIVETREESREQUEST']._serialized_start=1498
+  _globals['_REVIVETREESREQUEST']._serialized_end=1556
+  _globals['_REVIVETREESRESPONSE']._serialized_start=1558
+  _globals['_REVIVETREESRESPONSE']._serialized_end=1596
+  _globals['_PURGETREESREQUEST']._serialized_start=1598
+  _globals['_PURGETREESREQUEST']._serialized_end=1692
+  _globals['_PURGETREESRESPONSE']._serialized_start=1694
+  _globals['_PURGETREESRESPONSE']._serialized_end=1730
+  _globals['_CANCELPROMPTSREQUEST']._serialized_start=1732
+  _globals['_CANCELPROMPTSREQUEST']._serialized_end=1794
+  _globals['_CANCELPROMPTSRESPONSE']._serialized_start=1796
+  _globals['_CANCELPROMPTSRESPONSE']._serialized_end=1838
+  _globals['_TREEQUEUESERVICE']._serialized_start=2019
+  _globals['_TREEQUEUESERVICE']._serialized_end=2795
 # @@protoc_insertion_point(module_scope)
