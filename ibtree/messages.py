@@ -81,12 +81,15 @@ class TreeLease:
     """A scored tree in hand until its lease runs out; `returns` counts earlier nacks and losses.
 
     `problem` says what is wrong with a tree that does not decode; it is then empty but for its id.
+    `unread_bytes`: size of a tree too large for the response, which is empty until a client has
+    read it. [bytes]
     """
 
     lease_id: str
     tree: Tree
     returns: int
     problem: str = ""
+    unread_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,35 @@ class QueueStats:
     acked: int = 0
     dead: int = 0
     interactive: int = 0
-    held: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TreeEntry:
+    """A tree in a server's journal (fields: TreeEntry in queue.proto); `state` in lower case."""
+
+    number: int
+    id: str
+    state: str
+    failures: int = 0
+    interruptions: int = 0
+    returns: int = 0
+    refusals: int = 0
+    reasons: tuple[str, ...] = ()
+    tree_bytes: int = 0
+    age_s: float = 0.0
+    rests_s: float | None = None
+    lease_left_s: float | None = None
+    version: int | None = None
+
+
+@dataclass(frozen=True)
+class TreeChoice:
+    """Which trees are meant: these `ids`, all of one `run`, or `all` there are."""
+
+    ids: tuple[str, ...] = ()
+    run: str | None = None
+    all: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 from ibtree.extras import required
@@ -21,13 +20,12 @@ def main() -> None:
 
         config = LearnerConfig.load("ibtpo-learner", sys.argv[1:])
 
+        from ibtpo_settings.logs import log_to_stderr
         from ibtree.errors import FieldError, IbtpoError
         from learner.dist.process_group import joined
         from learner.loop import serve_leader, train
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    log_to_stderr()
     try:
         with joined(config) as ranks:
             run = train if ranks.leads else serve_leader

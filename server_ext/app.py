@@ -38,14 +38,16 @@ from server_ext.engine.pulse import Pulse
 from server_ext.engine.sglang import SglangEngine
 from server_ext.errors import EngineError, NoReplyError
 from server_ext.interpreter import settle
+from server_ext.queue.intake import Bounds, Intake
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.producer import Producer
+from server_ext.queue.retention import Retention
 from server_ext.rewards.base import Grader, Graders, TreeGrader
 from server_ext.rewards.exact import ExactGrader
 from server_ext.rewards.installed import installed_graders
 from server_ext.rewards.math import MathGrader
-from server_ext.rewards.pool import GradingPool
+from server_ext.rewards.pool import GradingPool, Zero
 from server_ext.rewards.regex import RegexGrader
 from server_ext.rewards.remote import RemoteGrader
 from server_ext.rewards.self_consistency import SelfConsistencyGrader
@@ -54,6 +56,7 @@ from server_ext.services.channel import OTHER_CALLS, grpc_server, keep_message_m
 from server_ext.services.health import Health, serve_health
 from server_ext.services.metrics import Metrics, serve_metrics
 from server_ext.services.queue import QueueService
+from server_ext.services.queue_metrics import QueueMetrics
 from server_ext.services.reflection import add_reflection, check_installed
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
@@ -81,6 +84,7 @@ class _Prepared:
     server: grpc.aio.Server
     health: Health
     metrics: Metrics
+    queue_metrics: QueueMetrics
     addresses: str
     journal: JournalThread
     store: WeightStore
@@ -104,7 +108,9 @@ def _prepare(
     """All that can fail in a second, before the minutes that loading takes. Raises FieldError."""
     if config.reflection:
         check_installed()
-    graders = _graders(config, stack)
+    metrics = Metrics()
+    queue_metrics = QueueMetrics(metrics.registry)
+    graders = _graders(config, stack, queue_metrics.zeroed)
     defaults = changed(options_from(config), separators=(config.separator,))
     check_job_names(defaults, graders, config.grader)
     limits = Limits(
@@ -119,7 +125,7 @@ def _prepare(
     most_calls = config.max_calls + config.max_waiting_calls + OTHER_CALLS
     server = grpc_server(most_calls, config.message_timeout_s)
     port = _bind("port", config, partial(_add_port, server))
-    health, metrics = Health(config.stuck_after_s), Metrics()
+    health = Health(config.stuck_after_s)
     health_server, health_port = _bind("health_port", config, partial(serve_health, health))
     stack.callback(lambda: health_server.stop(0).wait())
     web, web_port = _bind("web_port", config, partial(serve_metrics, metrics))
@@ -154,6 +160,7 @@ def _prepare(
         server,
         health,
         metrics,
+        queue_metrics,
         f"{config.host}:{port} (health {health_port}, web {web_port})",
         journal,
         store,
@@ -199,9 +206,11 @@ async def _serve(
         call_share=config.call_share,
         cache_tokens=cache.capacity_tokens or None,
         ended=metrics.tree,
+        account_lost=prepared.queue_metrics.account_lost,
     )
     auditor = Auditor(engine, forest.open_prefixes, metrics.audit)
-    producer, sampling = _add_services(server, config, forest, prepared.journal, updater)
+    journal, queue_metrics = prepared.journal, prepared.queue_metrics
+    producer, sampling = _add_services(server, config, forest, journal, updater, queue_metrics)
     CacheService(engine.trees, auditor).add_to(server)
     health.add_to(server)
     if config.reflection:
@@ -215,6 +224,7 @@ async def _serve(
         producer.run(),
         engine.trees.keep_open(),
         metrics.watch(engine.trees.state),
+        queue_metrics.watch(lambda: journal(Journal.counts)),
         _raise_when(updater.broken),
         _watch(engine.pulse, health, config.stuck_after_s),
     ]
@@ -236,10 +246,12 @@ async def _serve(
         await asyncio.wait({*tasks, asked})
 
 
-def _graders(config: ServerConfig, stack: AsyncExitStack) -> Graders:
+def _graders(
+    config: ServerConfig, stack: AsyncExitStack, zeroed: Callable[[Zero], None] = lambda _: None
+) -> Graders:
     """Built-in names win over those of installed packages."""
     marker = config.answer_marker
-    pool = GradingPool(config.grader_workers, config.grade_timeout_s)
+    pool = GradingPool(config.grader_workers, config.grade_timeout_s, zeroed)
     stack.callback(pool.close)
     remote = RemoteGrader(config.reward_address, config.reward_timeout_s)
     stack.push_async_callback(remote.close)
@@ -282,8 +294,12 @@ def _engine(config: ServerConfig, arguments: Resolved) -> SglangEngine:
 
 
 def _journal(config: ServerConfig) -> Journal:
-    path = config.data_dir / "journal.sqlite"
-    return Journal(path, max_returns=config.max_returns, max_failures=config.max_failures)
+    return Journal(
+        config.data_dir / "journal.sqlite",
+        max_returns=config.max_returns,
+        max_failures=config.max_failures,
+        retention=Retention(config.keep_acked, config.keep_dead_bytes),
+    )
 
 
 def _add_services(
@@ -292,12 +308,17 @@ def _add_services(
     forest: Forest,
     journal: JournalThread,
     updater: WeightUpdater,
+    metrics: QueueMetrics,
 ) -> tuple[Producer, SamplingService]:
+    bounds = Bounds(config.min_free_bytes, config.max_graded, config.max_weight_lag)
+    intake = Intake(journal, bounds, lambda: updater.serving.version, told=metrics.held)
     producer = Producer(
         journal,
         forest,
         lambda prompt: prompt_from_bytes(prompt, forest.defaults),
         tree_to_bytes,
+        intake,
+        metrics.ended,
     )
     sampling = SamplingService(forest, journal, producer, config.max_queued_prompts)
     queue = QueueService(journal, producer, config.lease_s, lambda: sampling.interactive)

@@ -62,13 +62,15 @@ class ServerConfig(Settings):
     grader_workers: int = Field(default=2, ge=1, le=256)
     """Processes that run graders which may hang: math, regex and those of installed packages."""
     grade_timeout_s: float = Field(default=10.0, gt=0)
-    """Time one grade may take there; a grade that takes longer counts as wrong (0)."""
+    """Time one grade may take there. One that takes longer is tried once more, in a process of
+    its own; then it counts as wrong (0)."""
     answer_marker: str = Field(default="####", min_length=1)
     """Text before the final answer, which ends with the line."""
     reward_address: str = ""
     """host:port of your RewardService, for the grader `remote`."""
     reward_timeout_s: float = Field(default=60.0, gt=0)
-    """Deadline of a call to it, retries included; a tree whose trajectory got no reward fails."""
+    """Deadline of a call to it, retries included; a tree whose trajectory got no reward is grown
+    again later."""
 
     max_open_trees: int = Field(default=0, ge=0)
     """Most trees of queued prompts growing at once; more wait. 0: as many as keep max_rollouts in
@@ -105,9 +107,23 @@ class ServerConfig(Settings):
     lease_s: float = Field(default=600.0, gt=0)
     """How long a lease lasts unless the caller says."""
     max_returns: int = Field(default=5, ge=0)
-    """Nacks and lost leases after which a tree is dead."""
+    """Times a learner may give a tree back as bad; once more and it is dead. Leases that run out
+    and trees given back for other reasons do not count."""
     max_failures: int = Field(default=3, ge=1)
-    """Failed growths after which a prompt is dead."""
+    """Growths that failed by the prompt's own fault after which it is dead. What an absent engine,
+    grader or disk interrupts does not count."""
+    min_free_bytes: int = Field(default=256 * 1024**2, ge=0)
+    """Room on the journal's disk below which no prompt begins to grow; leasing and acking go on."""
+    max_graded: int | None = Field(default=None, ge=1)
+    """Most trees of a run that grow or wait to be leased; its next prompts wait. null: no limit."""
+    max_weight_lag: int | None = Field(default=None, ge=0)
+    """A run's prompts wait while a tree of it that waits to be leased is more weight versions than
+    this behind the served one. null: no limit."""
+    keep_acked: int = Field(default=100_000, ge=0)
+    """Acked trees whose ids are remembered, so that submitting and acking them again changes
+    nothing; older ones are forgotten."""
+    keep_dead_bytes: int = Field(default=1024**3, ge=0)
+    """Bytes of dead trees that are kept, the newest; prompts of dead ones stay until purged."""
     weight_switch: Literal["interrupt", "drain"] = "interrupt"
     """What a weight update does to running rollouts: interrupt lets them go on with the new weights
     (each token keeps its version); drain waits until they end."""

@@ -68,6 +68,18 @@ class GrowthError(IbtpoError, RuntimeError):
     status, fault = "DEADLINE_EXCEEDED", Fault.TREE
 
 
+class GradingRefusedError(IbtpoError, RuntimeError):
+    """The reward service refuses this trajectory, and would again."""
+
+    status, fault = "FAILED_PRECONDITION", Fault.TREE
+
+
+class NotGrowingError(IbtpoError, LookupError):
+    """A tree is not growing any more: its prompt was cancelled."""
+
+    status, fault = "NOT_FOUND", Fault.CALLER
+
+
 # ---- a dependency's
 
 
@@ -110,6 +122,31 @@ class StoppingError(IbtpoError, RuntimeError):
 
     def __init__(self) -> None:
         super().__init__("the server is stopping; ask again when it is back")
+
+
+class BadRewardError(PreconditionError, GraderUnavailableError):
+    """A reward service answers with what is no reward."""
+
+    status, fault, retry = "FAILED_PRECONDITION", Fault.DEPENDENCY, False
+
+
+class DiskFullError(IbtpoError, RuntimeError):
+    """There is no room on the journal's disk; nothing was taken. Come back later."""
+
+    status, fault, retry = "RESOURCE_EXHAUSTED", Fault.DEPENDENCY, True
+    retry_after_s = 5.0
+
+
+class JournalAwayError(IbtpoError, RuntimeError):
+    """The journal's disk does not answer, or somebody else holds the file."""
+
+    status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
+
+
+class JournalDamagedError(IbtpoError, RuntimeError):
+    """What the journal's disk returns is not what was written: stop serving."""
+
+    status, fault = "DATA_LOSS", Fault.DEPENDENCY
 
 
 class StillBusy(TimeoutError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+from ibtpo_settings.logs import log_to_stderr
 
 
 def begin() -> None:
     """Warnings and what the server does go to stderr. Call it again after SGLang has read its
     arguments or started: both take the root logger for themselves, at its level of errors."""
-    logging.basicConfig(level=logging.INFO, format=_FORMAT, force=True)
+    log_to_stderr()
     logging.getLogger("sglang").setLevel(logging.ERROR)
     for name in ("httpx", "httpcore"):  # the reward service's, a line a call
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ibtree import __version__
-from ibtree.cli import evaluation, sample, state, weights
-from ibtree.cli.output import printable
+from ibtree.cli import evaluation, sample, state, trees, weights
 from ibtree.client import DEFAULT_TARGET, RpcFailed
 from ibtree.errors import FieldError
 from ibtree.extras import required
+from ibtree.text import printable
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _Parser(prog="ibtpo", description=__doc__)
     parser.add_argument("--version", action="version", version=f"ibtpo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    groups = (sample, state, weights, evaluation)
+    groups = (sample, state, trees, weights, evaluation)
     for name, text, run, add_options in (entry for group in groups for entry in group.COMMANDS):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--server", default=DEFAULT_TARGET, help="address of its gRPC port")

@@ -12,12 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ibtree.cli.output import Command, print_figures, printable
+from ibtree.cli.output import Command, print_figures
 from ibtree.data.questions import PLACEHOLDER, read_questions
 from ibtree.data.reading import reading_from
 from ibtree.errors import FieldError
 from ibtree.evaluation.run import evaluate
 from ibtree.messages import Prompt
+from ibtree.text import printable
 
 _SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "stop")
 

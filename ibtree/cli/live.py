@@ -12,8 +12,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from ibtree.cli.output import printable
 from ibtree.messages import Expansion, Progress
+from ibtree.text import printable
 
 _SHOWN_ROLLOUTS = 6
 _FIGURE_CELLS = 24

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from ibtree.text import printable
+
 Command = tuple[
     str,
     str,
@@ -14,13 +16,6 @@ Command = tuple[
     Callable[[argparse.ArgumentParser], None],
 ]
 """A command: its name, what it does, how it runs, and what adds its options."""
-
-
-def printable(text: str) -> str:
-    r"""The text on one line, with everything that could steer a terminal escaped: "\n", "\x1b"."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def print_json(figures: dict[str, Any]) -> None:

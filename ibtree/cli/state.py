@@ -23,12 +23,9 @@ def _queue(arguments: argparse.Namespace) -> None:
             client.resume_queue()
         elif arguments.what == "drain":
             client.drain_queue(arguments.reason, wait_s=arguments.wait_s or 0.0)
-        stats = client.queue_stats()
-    figures: dict[str, Any] = asdict(stats)
+        figures: dict[str, Any] = asdict(client.queue_stats())
     if not arguments.json:
-        figures["held"] = "; ".join(stats.held)
-        if not stats.held:
-            del figures["held"]
+        figures["held up by"] = "; ".join(figures.pop("holds")) or "nothing"
     print_figures(figures, arguments.json)
 
 

@@ -10,8 +10,8 @@ from rich.text import Text
 from rich.tree import Tree as Branches
 
 from ibtree.cli.live import reward_text
-from ibtree.cli.output import printable
 from ibtree.messages import Chat
+from ibtree.text import printable
 from ibtree.tree import Finish, Floats, Tree
 from ibtree.tree.score import confidences, ib_scores, values
 

@@ -22,6 +22,7 @@ from ibtree.client.channel import (
     decoding,
     failure,
 )
+from ibtree.client.reading import TreeReading
 from ibtree.client.sampling import Sampling
 from ibtree.messages import (
     CacheAudit,
@@ -33,6 +34,8 @@ from ibtree.messages import (
     QueueStats,
     RollbackOutcome,
     ServedWeights,
+    TreeChoice,
+    TreeEntry,
     TreeLease,
 )
 from ibtree.tree import Tree
@@ -156,10 +159,31 @@ class AsyncClient:
         lease_s: float | None = None,
         wait_s: float = 0.0,
         wait: bool = False,
+        run: str | None = None,
     ) -> list[TreeLease]:
-        """Leases up to `max_trees` scored trees; empty if none came within `wait_s`."""
-        call = calls.lease_trees(max_trees, lease_s, wait_s)
-        return await self._unary(call, self.timeout_s + wait_s, wait)
+        """Leases up to `max_trees` scored trees, of any run or of one; empty if none came within
+        `wait_s`. Those too large for one response are read in parts."""
+        call = calls.lease_trees(max_trees, lease_s, wait_s, run)
+        leases, failed = [], None
+        for lease in await self._unary(call, self.timeout_s + wait_s, wait):
+            try:
+                leases.append(await self._read(lease) if lease.unread_bytes else lease)
+            except RpcFailed as error:  # the others are in hand all the same
+                failed = error
+        if failed and not leases:
+            raise failed
+        return leases
+
+    async def _read(self, lease: TreeLease) -> TreeLease:
+        reading = TreeReading(lease)
+        while not reading.complete:
+            try:
+                async for data in self._stream(reading.call(), self.timeout_s):
+                    reading.add(data)
+                reading.ended(self.target)
+            except RpcFailed as error:
+                await asyncio.sleep(reading.pause_s(error))
+        return reading.lease()
 
     async def extend_lease(self, lease_ids: Iterable[str], *, lease_s: float | None = None) -> None:
         await self._unary(calls.extend_lease(lease_ids, lease_s))
@@ -167,11 +191,39 @@ class AsyncClient:
     async def ack_trees(self, lease_ids: Iterable[str], *, wait: bool = False) -> None:
         await self._unary(calls.ack_trees(lease_ids), wait=wait)
 
-    async def nack_trees(self, lease_ids: Iterable[str], reason: str = "") -> None:
-        await self._unary(calls.nack_trees(lease_ids, reason))
+    async def nack_trees(
+        self, lease_ids: Iterable[str], reason: str = "", *, bad: bool = False
+    ) -> None:
+        """Gives trees back; `bad` says that they themselves are at fault, which counts."""
+        await self._unary(calls.nack_trees(lease_ids, reason, bad))
 
-    async def queue_stats(self) -> QueueStats:
-        return await self._unary(calls.queue_stats())
+    async def queue_stats(self, run: str | None = None) -> QueueStats:
+        """Trees by state, of any run or of one."""
+        return await self._unary(calls.queue_stats(run))
+
+    async def list_trees(
+        self,
+        state: str | None = None,
+        run: str | None = None,
+        *,
+        after: int = 0,
+        max_trees: int = 100,
+    ) -> tuple[list[TreeEntry], bool]:
+        """Trees in the journal in the order of submission, from the number `after` on, and whether
+        more follow."""
+        return await self._unary(calls.list_trees(state, run, after, max_trees))
+
+    async def revive_trees(self, choice: TreeChoice) -> int:
+        """Queues dead prompts again; returns how many."""
+        return await self._unary(calls.revive_trees(choice))
+
+    async def purge_trees(self, choice: TreeChoice, state: str = "dead") -> int:
+        """Forgets trees that are dead, graded or acked; returns how many."""
+        return await self._unary(calls.purge_trees(choice, state))
+
+    async def cancel_prompts(self, choice: TreeChoice) -> int:
+        """Forgets prompts that are queued or growing; returns how many."""
+        return await self._unary(calls.cancel_prompts(choice))
 
     async def pause_queue(self, reason: str = "") -> int:
         """As Client.pause_queue."""

@@ -21,6 +21,7 @@ from ibtree.client.channel import (
     failure,
 )
 from ibtree.client.push import Exchange, Resumption
+from ibtree.client.reading import TreeReading
 from ibtree.client.sampling import Sampling
 from ibtree.messages import (
     CacheAudit,
@@ -32,6 +33,8 @@ from ibtree.messages import (
     QueueStats,
     RollbackOutcome,
     ServedWeights,
+    TreeChoice,
+    TreeEntry,
     TreeLease,
 )
 from ibtree.tree import Tree
@@ -155,10 +158,31 @@ class Client:
         lease_s: float | None = None,
         wait_s: float = 0.0,
         wait: bool = False,
+        run: str | None = None,
     ) -> list[TreeLease]:
-        """Leases up to `max_trees` scored trees; empty if none came within `wait_s`."""
-        call = calls.lease_trees(max_trees, lease_s, wait_s)
-        return self._unary(call, self.timeout_s + wait_s, wait)
+        """Leases up to `max_trees` scored trees, of any run or of one; empty if none came within
+        `wait_s`. Those too large for one response are read in parts."""
+        call = calls.lease_trees(max_trees, lease_s, wait_s, run)
+        leases, failed = [], None
+        for lease in self._unary(call, self.timeout_s + wait_s, wait):
+            try:
+                leases.append(self._read(lease) if lease.unread_bytes else lease)
+            except RpcFailed as error:  # the others are in hand all the same
+                failed = error
+        if failed and not leases:
+            raise failed
+        return leases
+
+    def _read(self, lease: TreeLease) -> TreeLease:
+        reading = TreeReading(lease)
+        while not reading.complete:
+            try:
+                for data in self._stream(reading.call(), self.timeout_s):
+                    reading.add(data)
+                reading.ended(self.target)
+            except RpcFailed as error:
+                time.sleep(reading.pause_s(error))
+        return reading.lease()
 
     def extend_lease(self, lease_ids: Iterable[str], *, lease_s: float | None = None) -> None:
         self._unary(calls.extend_lease(lease_ids, lease_s))
@@ -166,11 +190,37 @@ class Client:
     def ack_trees(self, lease_ids: Iterable[str], *, wait: bool = False) -> None:
         self._unary(calls.ack_trees(lease_ids), wait=wait)
 
-    def nack_trees(self, lease_ids: Iterable[str], reason: str = "") -> None:
-        self._unary(calls.nack_trees(lease_ids, reason))
+    def nack_trees(self, lease_ids: Iterable[str], reason: str = "", *, bad: bool = False) -> None:
+        """Gives trees back; `bad` says that they themselves are at fault, which counts."""
+        self._unary(calls.nack_trees(lease_ids, reason, bad))
 
-    def queue_stats(self) -> QueueStats:
-        return self._unary(calls.queue_stats())
+    def queue_stats(self, run: str | None = None) -> QueueStats:
+        """Trees by state, of any run or of one."""
+        return self._unary(calls.queue_stats(run))
+
+    def list_trees(
+        self,
+        state: str | None = None,
+        run: str | None = None,
+        *,
+        after: int = 0,
+        max_trees: int = 100,
+    ) -> tuple[list[TreeEntry], bool]:
+        """Trees in the journal in the order of submission, from the number `after` on, and whether
+        more follow."""
+        return self._unary(calls.list_trees(state, run, after, max_trees))
+
+    def revive_trees(self, choice: TreeChoice) -> int:
+        """Queues dead prompts again; returns how many."""
+        return self._unary(calls.revive_trees(choice))
+
+    def purge_trees(self, choice: TreeChoice, state: str = "dead") -> int:
+        """Forgets trees that are dead, graded or acked; returns how many."""
+        return self._unary(calls.purge_trees(choice, state))
+
+    def cancel_prompts(self, choice: TreeChoice) -> int:
+        """Forgets prompts that are queued or growing; returns how many."""
+        return self._unary(calls.cancel_prompts(choice))
 
     def pause_queue(self, reason: str = "") -> int:
         """No queued prompt begins to grow any more; returns how many trees still grow."""

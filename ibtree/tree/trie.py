@@ -145,6 +145,11 @@ class Tree:
         return self.visits[0]
 
     @property
+    def oldest_version(self) -> int:
+        """The oldest weights that generated a token of it; 0 for a tree without any."""
+        return min((min(step.versions) for step in self.steps if step.versions), default=0)
+
+    @property
     def unique_tokens(self) -> int:
         """Generated tokens, each counted once."""
         return sum(self.lengths)

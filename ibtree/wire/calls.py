@@ -20,10 +20,12 @@ from ibtree.messages import (
     RollbackOutcome,
     ServedWeights,
     Submission,
+    TreeChoice,
+    TreeEntry,
     TreeLease,
 )
 from ibtree.tree import Tree
-from ibtree.wire import messages
+from ibtree.wire import messages, queue
 from ibtree.wire.v1 import cache_pb2, queue_pb2, reward_pb2, sampling_pb2, weights_pb2
 
 R = TypeVar("R")
@@ -82,6 +84,11 @@ LEASE_TREES = _method("TreeQueueService", queue_pb2, "LeaseTrees")
 EXTEND_LEASE = _method("TreeQueueService", queue_pb2, "ExtendLease")
 ACK_TREES = _method("TreeQueueService", queue_pb2, "AckTrees")
 NACK_TREES = _method("TreeQueueService", queue_pb2, "NackTrees")
+READ_TREE = _method("TreeQueueService", queue_pb2, "ReadTree")
+LIST_TREES = _method("TreeQueueService", queue_pb2, "ListTrees")
+REVIVE_TREES = _method("TreeQueueService", queue_pb2, "ReviveTrees")
+PURGE_TREES = _method("TreeQueueService", queue_pb2, "PurgeTrees")
+CANCEL_PROMPTS = _method("TreeQueueService", queue_pb2, "CancelPrompts")
 GET_QUEUE_STATS = _method("TreeQueueService", queue_pb2, "GetQueueStats")
 PAUSE_QUEUE = _method("TreeQueueService", queue_pb2, "PauseQueue")
 RESUME_QUEUE = _method("TreeQueueService", queue_pb2, "ResumeQueue")
@@ -143,9 +150,19 @@ def _parts(prompts: Iterable[sampling_pb2.Prompt]) -> Iterator[list[sampling_pb2
     yield part
 
 
-def lease_trees(max_trees: int, lease_s: float | None, wait_s: float) -> Call[list[TreeLease]]:
-    request = queue_pb2.LeaseTreesRequest(max_trees=max_trees, lease_s=lease_s, wait_s=wait_s)
+def lease_trees(
+    max_trees: int, lease_s: float | None, wait_s: float, run: str | None
+) -> Call[list[TreeLease]]:
+    """A tree too large for the response has `unread_bytes`: `read_tree` gets them."""
+    request = queue_pb2.LeaseTreesRequest(
+        max_trees=max_trees, lease_s=lease_s, wait_s=wait_s, run=run
+    )
     return Call(LEASE_TREES, request, messages.leases_from_proto)
+
+
+def read_tree(lease_id: str, start: int) -> Call[bytes]:
+    request = queue_pb2.ReadTreeRequest(lease_id=lease_id, start=start)
+    return Call(READ_TREE, request, lambda m: m.data)
 
 
 def extend_lease(lease_ids: Iterable[str], lease_s: float | None) -> Call[None]:
@@ -157,13 +174,40 @@ def ack_trees(lease_ids: Iterable[str]) -> Call[None]:
     return Call(ACK_TREES, queue_pb2.AckTreesRequest(lease_ids=lease_ids), _nothing)
 
 
-def nack_trees(lease_ids: Iterable[str], reason: str) -> Call[None]:
-    request = queue_pb2.NackTreesRequest(lease_ids=lease_ids, reason=reason)
+def nack_trees(lease_ids: Iterable[str], reason: str, bad: bool) -> Call[None]:
+    request = queue_pb2.NackTreesRequest(lease_ids=lease_ids, reason=reason, bad=bad)
     return Call(NACK_TREES, request, _nothing)
 
 
-def queue_stats() -> Call[QueueStats]:
-    return Call(GET_QUEUE_STATS, queue_pb2.GetQueueStatsRequest(), messages.stats_from_proto)
+def queue_stats(run: str | None) -> Call[QueueStats]:
+    request = queue_pb2.GetQueueStatsRequest(run=run)
+    return Call(GET_QUEUE_STATS, request, messages.stats_from_proto)
+
+
+def list_trees(
+    state: str | None, run: str | None, after: int, max_trees: int
+) -> Call[tuple[list[TreeEntry], bool]]:
+    request = queue_pb2.ListTreesRequest(
+        state=queue.state_to_proto(state), run=run, after=after, max_trees=max_trees
+    )
+    return Call(LIST_TREES, request, queue.entries_from_proto)
+
+
+def revive_trees(choice: TreeChoice) -> Call[int]:
+    request = queue_pb2.ReviveTreesRequest(trees=queue.choice_to_proto(choice))
+    return Call(REVIVE_TREES, request, lambda m: m.revived)
+
+
+def purge_trees(choice: TreeChoice, state: str) -> Call[int]:
+    request = queue_pb2.PurgeTreesRequest(
+        trees=queue.choice_to_proto(choice), state=queue.state_to_proto(state)
+    )
+    return Call(PURGE_TREES, request, lambda m: m.purged)
+
+
+def cancel_prompts(choice: TreeChoice) -> Call[int]:
+    request = queue_pb2.CancelPromptsRequest(prompts=queue.choice_to_proto(choice))
+    return Call(CANCEL_PROMPTS, request, lambda m: m.cancelled)
 
 
 def pause_queue(reason: str) -> Call[int]:

@@ -181,11 +181,14 @@ def leases_from_proto(response: queue_pb2.LeaseTreesResponse) -> list[TreeLease]
 
 
 def _lease_from_proto(message: queue_pb2.TreeLease) -> TreeLease:
+    empty = Tree(prompt=(), tree_id=message.tree_id or message.tree.tree_id)
+    if not message.HasField("tree"):
+        unread_bytes = message.tree_bytes
+        return TreeLease(message.lease_id, empty, message.returns, "", unread_bytes)
     try:
         check_natural("returns", message.returns)
         return TreeLease(message.lease_id, tree_from_proto(message.tree), message.returns)
     except FieldError as error:
-        empty = Tree(prompt=(), tree_id=message.tree.tree_id)
         return TreeLease(message.lease_id, empty, message.returns, str(error))
 
 
@@ -194,9 +197,9 @@ def stats_to_proto(stats: QueueStats) -> queue_pb2.GetQueueStatsResponse:
 
 
 def stats_from_proto(message: queue_pb2.GetQueueStatsResponse) -> QueueStats:
-    counts = [f.name for f in fields(QueueStats) if f.name != "held"]
+    counts = [f.name for f in fields(QueueStats) if f.name != "holds"]
     numbers = check_numbers("stats", message, counts)
-    return QueueStats(**numbers, held=tuple(message.held))
+    return QueueStats(**numbers, holds=tuple(message.holds))
 
 
 def cache_to_proto(state: CacheState) -> cache_pb2.GetCacheResponse:

@@ -28,6 +28,7 @@ from learner.io.prompts import PromptStream
 _log = logging.getLogger(__name__)
 _POLL_S = 5.0
 _MAX_TREES = 1024  # a LeaseTrees call gives no more
+_MAX_REASON_CHARACTERS = 500  # a tree's reasons are kept no longer
 
 
 def asked_options(config: LearnerConfig) -> dict[str, Any]:
@@ -102,6 +103,7 @@ class TreeLeases:
                 lease_s=self._config.lease_s,
                 wait_s=_POLL_S,
                 wait=True,
+                run=self._stream.run_id,
             )
             self._take(leases)
             self.keep_alive()
@@ -112,9 +114,8 @@ class TreeLeases:
                 self._state.prompts_done += self._config.prompts_per_step
                 self.submit_ahead()
             if not leases and time.monotonic() > until:
-                raise QueueDry(
-                    f"no tree within {self._config.patience_s} s ({self._client.queue_stats()})"
-                )
+                stats = self._client.queue_stats(self._stream.run_id)
+                raise QueueDry(f"no tree within {self._config.patience_s} s ({stats})")
         return [self._ready[n] for n in self._wanted() if n in self._ready]
 
     def settle(self, leases: list[TreeLease]) -> None:
@@ -162,7 +163,7 @@ class TreeLeases:
     def give_back(self, reason: str) -> None:
         """Nacks everything held."""
         for lease_id in list(self._state.leases):
-            self._nack(lease_id, reason)
+            self._nack(lease_id, reason, bad=False)
         self._ready.clear()
         try:
             self._write_down()
@@ -196,17 +197,18 @@ class TreeLeases:
     def _refuse(self, lease: TreeLease, problem: str) -> None:
         _log.warning("tree %s refused: %s", lease.tree.tree_id, problem)
         self.refused.add(lease.tree.tree_id)
-        self._nack(lease.lease_id, problem)
+        self._nack(lease.lease_id, problem, bad=True)
 
-    def _nack(self, lease_id: str, reason: str) -> None:
+    def _nack(self, lease_id: str, reason: str, *, bad: bool) -> None:
+        """`bad`: the tree itself is at fault, which counts against it."""
         try:
-            self._client.nack_trees([lease_id], reason)
+            self._client.nack_trees([lease_id], reason[:_MAX_REASON_CHARACTERS], bad=bad)
         except RpcFailed as error:
             _log.info("not given back: %s", error)
         del self._state.leases[lease_id]
 
     def _more_will_come(self) -> bool:
-        stats = self._client.queue_stats()
+        stats = self._client.queue_stats(self._stream.run_id)
         # leased to nobody: a learner killed between the answer and its note; they run out
         elsewhere = stats.leased - len(self._state.leases)
         return bool(stats.queued + stats.growing + stats.graded + elsewhere)

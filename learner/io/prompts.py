@@ -22,7 +22,9 @@ class PromptStream:
     """
 
     def __init__(self, questions: list[Question], seed: int, run_id: str) -> None:
-        self._questions, self._seed, self._run_id = questions, seed, run_id
+        self._questions, self._seed = questions, seed
+        self.run_id = run_id
+        """The run that these prompts belong to on the server."""
         self._epoch, self._order = -1, list(range(len(questions)))
 
     def __getitem__(self, number: int) -> tuple[str, Question]:
@@ -32,9 +34,9 @@ class PromptStream:
             self._order = list(range(len(self._questions)))
             random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
             self._epoch = epoch
-        return f"{self._run_id}/{number}", self._questions[self._order[position]]
+        return f"{self.run_id}/{number}", self._questions[self._order[position]]
 
     def number_of(self, id_: str) -> int | None:
         """The position whose id this is; None for the id of another run."""
         run_id, _, number = id_.rpartition("/")
-        return int(number) if run_id == self._run_id and number.isdecimal() else None
+        return int(number) if run_id == self.run_id and number.isdecimal() else None

@@ -1,81 +1,94 @@
-"""The durable journal of prompts, scored trees and leases (SQLite).
-
-    submit ─▶ queued ─▶ growing ─▶ graded ─▶ leased ─▶ acked
-                 ▲          │         ▲         │
-                 └─ failed ─┤         └─ nacked or ran out
-                            ▼                   ▼
-                          dead  ◀── too many ───┘ or unreadable
+"""The durable journal of prompts, scored trees and leases (SQLite); states.py draws a tree's life.
 
 `growing` falls back to `queued` when the journal is opened: the server that grew it is gone.
-Prompts and trees are opaque bytes here. Times are Unix seconds, so that they survive a restart.
+Prompts and trees are opaque bytes here. Times are those of clock.py: a step of the wall clock
+changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
-import time
+import logging
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
+from functools import wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
-from server_ext.errors import ConflictError, QueueFullError, UnknownLeaseError
+from server_ext.errors import (
+    ConflictError,
+    DiskFullError,
+    NotGrowingError,
+    QueueFullError,
+    UnknownLeaseError,
+)
+from server_ext.queue import clock
+from server_ext.queue.database import Database
+from server_ext.queue.retention import Retention
+from server_ext.queue.schema import PART_BYTES, write_parts
+from server_ext.queue.states import State, pause_s, run_of
+
+_log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class State(StrEnum):
-    """States in a tree's life; drawn in the module's docstring."""
+def _on_the_reserve(
+    method: Callable[Concatenate[Journal, P], T],
+) -> Callable[Concatenate[Journal, P], T]:
+    """What must go on when the disk is full: with the room that is kept for it."""
 
-    QUEUED = "queued"
-    GROWING = "growing"
-    GRADED = "graded"
-    LEASED = "leased"
-    ACKED = "acked"
-    DEAD = "dead"
+    @wraps(method)
+    def call(self: Journal, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except DiskFullError:
+            if self._is_together or not self.database.give_reserve():
+                raise
+        return method(self, *args, **kwargs)
 
-
-_SCHEMA = """
-CREATE TABLE trees (
-    seq          INTEGER PRIMARY KEY,
-    id           TEXT NOT NULL UNIQUE,
-    content      BLOB NOT NULL,              -- SHA-256 of the submitted prompt
-    state        TEXT NOT NULL,
-    prompt       BLOB,                       -- dropped when acked
-    tree         BLOB,                       -- dropped when acked
-    submitted_at REAL NOT NULL,
-    failures     INTEGER NOT NULL DEFAULT 0,
-    returns      INTEGER NOT NULL DEFAULT 0,
-    reasons      TEXT NOT NULL DEFAULT '[]',
-    lease_id     TEXT UNIQUE,                -- kept when acked: acking twice is a no-op
-    lease_until  REAL
-);
-CREATE INDEX trees_by_state ON trees (state, seq);
-PRAGMA user_version = 1;
-"""
+    return call
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A prompt to grow."""
+    """A prompt to grow; `waited_s` since it was submitted, or since the machine was started."""
 
     id: str
     prompt: bytes
-    submitted_at: float
+    waited_s: float
 
 
 @dataclass(frozen=True)
 class Leased:
-    """A scored tree handed out."""
+    """A scored tree handed out; `tree` is None for one of more bytes than were asked for at once:
+    `Journal.read` has them."""
 
     lease_id: str
-    tree: bytes
+    id: str
+    tree: bytes | None
+    tree_bytes: int
     returns: int
 
 
+@dataclass(frozen=True)
+class Backlog:
+    """What waits to be leased of one run: trees, and the oldest weights in them."""
+
+    graded: int
+    oldest_version: int | None
+
+
 class Journal:
-    """Prompts, trees and leases, for one thread. Every method is one durable transaction."""
+    """Prompts, trees and leases, for one thread. Every method is one transaction, durable unless
+    it says otherwise.
+
+    Besides what they say, all raise DiskFullError, JournalAwayError and JournalDamagedError, with
+    nothing changed.
+    """
 
     def __init__(
         self,
@@ -83,22 +96,47 @@ class Journal:
         *,
         max_returns: int = 5,
         max_failures: int = 3,
-        clock: Callable[[], float] = time.time,
+        retention: Retention | None = None,
+        clock: Callable[[], float] = clock.now_s,
+        boot: Callable[[], str] = clock.boot,
     ) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
-        self._max_returns, self._max_failures, self._clock = max_returns, max_failures, clock
-        with self._db:
-            self._db.execute(
-                "UPDATE trees SET state = ? WHERE state = ?", (State.QUEUED, State.GROWING)
-            )
+        """`max_returns`: times a tree may be handed back as bad; `max_failures`: failed growths
+        after which a prompt is dead. Raises FieldError for a file or volume that cannot be used."""
+        self.database = Database(path, clock, boot)
+        self._run, self._value = self.database.connection.execute, self.database.value
+        self._max_returns, self._max_failures = max_returns, max_failures
+        self._retention = retention or Retention()
+        self._is_together = False
+        try:
+            self._tidy()
+        except DiskFullError as error:
+            _log.warning("%s", error)
 
     def close(self) -> None:
-        self._db.close()
+        self.database.close()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is called inside is one transaction on disk: all of it is there afterwards, or
+        nothing if this raises."""
+        self._is_together = True
+        try:
+            with self.database.transaction():
+                yield
+        finally:
+            self._is_together = False
+
+    def check_together(self) -> None:
+        """Raises DiskFullError if SQLite has undone what was called inside `together` so far."""
+        if not self.database.connection.in_transaction:
+            raise DiskFullError("the disk is full; what was called together is undone")
+
+    def _tidy(self) -> None:
+        with self.database.transaction():
+            self._retention.of_acked(self.database)
+            self._retention.of_dead(self.database)
+
+    # ---- growth
 
     def submit(
         self, prompts: Iterable[tuple[str, bytes]], most_queued: int = 2**62
@@ -109,20 +147,21 @@ class Journal:
         QueueFullError if more than `most_queued` would be queued.
         """
         new = known = 0
-        with self._transaction():
-            query = "SELECT COUNT(*) FROM trees WHERE state = ?"
-            (queued,) = self._db.execute(query, (State.QUEUED,)).fetchone()
+        with self.database.transaction():
+            queued = self._count(State.QUEUED)
+            now = self.database.now()
             for id_, prompt in prompts:
                 content = hashlib.sha256(prompt).digest()
-                row = self._db.execute("SELECT content FROM trees WHERE id = ?", (id_,)).fetchone()
-                if row is None:
-                    self._db.execute(
-                        "INSERT INTO trees (id, content, state, prompt, submitted_at)"
+                before = self._value("SELECT content FROM trees WHERE id = ?", id_)
+                if before is None:
+                    cursor = self._run(
+                        "INSERT INTO trees (id, run, content, state, submitted_at)"
                         " VALUES (?, ?, ?, ?, ?)",
-                        (id_, content, State.QUEUED, prompt, self._clock()),
+                        (id_, run_of(id_), content, State.QUEUED, now),
                     )
+                    self._run("INSERT INTO prompts VALUES (?, ?)", (cursor.lastrowid, prompt))
                     new += 1
-                elif row[0] == content:
+                elif before == content:
                     known += 1
                 else:
                     raise ConflictError(f"prompt id {id_!r} is known with other content")
@@ -130,177 +169,243 @@ class Journal:
                 raise QueueFullError(queued, new, most_queued)
         return new, known
 
-    def take(self, count: int) -> list[Queued]:
-        """The oldest queued prompts, now growing."""
-        with self._transaction():
-            rows = self._db.execute(
-                "SELECT id, prompt, submitted_at FROM trees WHERE state = ? ORDER BY seq LIMIT ?",
-                (State.QUEUED, count),
+    def take(self, count: int, held_runs: Collection[str] = ()) -> list[Queued]:
+        """The oldest queued prompts that need not rest, now growing; none of `held_runs`. Not
+        durable: what grows when the machine stops is queued again anyway."""
+        marks = ", ".join("?" * len(held_runs))
+        with self.database.transaction(synced=False):
+            now = self.database.now()
+            rows = self._run(
+                f"SELECT seq FROM trees WHERE state = '{State.QUEUED}' AND not_before <= ?"
+                f" AND run NOT IN ({marks}) ORDER BY seq LIMIT ?",
+                (now, *held_runs, count),
             ).fetchall()
-            self._move([row[0] for row in rows], State.GROWING)
-        return [Queued(*row) for row in rows]
+            taken = []
+            for (seq,) in rows:
+                self.database.move(seq, State.GROWING)
+                query = (
+                    "SELECT id, prompt, submitted_at FROM trees JOIN prompts USING (seq)"
+                    " WHERE seq = ?"
+                )
+                id_, prompt, submitted_at = self._run(query, (seq,)).fetchone()
+                taken.append(Queued(id_, prompt, max(now - submitted_at, 0.0)))
+        return taken
 
-    def store(self, id_: str, tree: bytes) -> None:
-        """Stores a grown, graded tree, ready to be leased."""
-        with self._transaction():
-            self._growing(id_)
-            self._db.execute("UPDATE trees SET tree = ? WHERE id = ?", (tree, id_))
-            self._move([id_], State.GRADED)
+    def rest_s(self) -> float | None:
+        """Seconds until the next prompt has rested; None: none rests."""
+        with self.database.transaction(synced=False):
+            until = self._value(
+                "SELECT MIN(not_before) FROM trees"
+                f" WHERE state = '{State.QUEUED}' AND not_before > 0 AND not_before > ?",
+                self.database.now(),
+            )
+            return None if until is None else max(until - self.database.now(), 0.0)
+
+    def backlogs(self) -> dict[str, Backlog]:
+        """What waits to be leased, by run."""
+        with self.database.transaction(synced=False):
+            rows = self._run(
+                f"SELECT run, COUNT(*), MIN(version) FROM trees INDEXED BY graded_version"
+                f" WHERE state = '{State.GRADED}' GROUP BY run"
+            ).fetchall()
+        return {run: Backlog(graded, version) for run, graded, version in rows}
+
+    def store(self, id_: str, tree: bytes, version: int | None = None) -> None:
+        """Stores a grown, graded tree, ready to be leased; `version` of the oldest weights in it.
+        Raises NotGrowingError."""
+        with self.database.transaction():
+            seq = self._growing(id_)
+            write_parts(self.database.connection, seq, tree)
+            self.database.move(
+                seq, State.GRADED, tree_bytes=len(tree), version=version, interruptions=0
+            )
 
     def fail(self, id_: str, reason: str) -> State:
-        """Notes that growing failed: queued again, or dead after too many failures."""
-        with self._transaction():
-            self._growing(id_)
-            self._note(id_, reason)
-            self._db.execute("UPDATE trees SET failures = failures + 1 WHERE id = ?", (id_,))
-            query = "SELECT failures FROM trees WHERE id = ?"
-            failures = self._db.execute(query, (id_,)).fetchone()[0]
+        """Growing failed by the prompt's or the tree's own fault: queued again, or dead after too
+        many failures. Raises NotGrowingError."""
+        with self.database.transaction():
+            seq = self._growing(id_)
+            self.database.note(seq, reason)
+            failures = self._value("SELECT failures FROM trees WHERE seq = ?", seq) + 1
             state = State.DEAD if failures >= self._max_failures else State.QUEUED
-            self._move([id_], state)
+            self.database.move(seq, state, failures=failures, interruptions=0)
+            if state is State.DEAD:
+                self._retention.of_dead(self.database)
         return state
 
-    def requeue(self, id_: str) -> None:
-        """Queues a prompt again, whose growing ended by no fault of its own; a no-op for a tree
-        just stored."""
-        with self._transaction():
-            if self._state(id_) is State.GROWING:
-                self._move([id_], State.QUEUED)
+    def interrupt(self, id_: str, reason: str) -> float:
+        """Growing ended because something else was away: queued again, after a pause that grows
+        from time to time; returns it [s]. Raises NotGrowingError."""
+        with self.database.transaction():
+            seq = self._growing(id_)
+            self.database.note(seq, reason)
+            times = self._value("SELECT interruptions FROM trees WHERE seq = ?", seq) + 1
+            rest = pause_s(times)
+            until = self.database.now() + rest
+            self.database.move(seq, State.QUEUED, interruptions=times, not_before=until)
+        return rest
 
-    def lease(self, count: int, lease_s: float, max_bytes: int) -> list[Leased]:
-        """Leases the oldest graded trees: at most `count` and, beyond the first, `max_bytes`."""
+    def requeue(self, id_: str) -> None:
+        """Queues a prompt again whose growing was stopped; a no-op for one that does not grow."""
+        with self.database.transaction(synced=False):
+            row = self._run("SELECT seq, state FROM trees WHERE id = ?", (id_,)).fetchone()
+            if row and row[1] == State.GROWING:
+                self.database.move(row[0], State.QUEUED)
+
+    def _growing(self, id_: str) -> int:
+        row = self._run("SELECT seq, state FROM trees WHERE id = ?", (id_,)).fetchone()
+        if row is None or row[1] != State.GROWING:
+            state = "unknown" if row is None else row[1]
+            raise NotGrowingError(f"tree {id_!r} is not growing: {state}")
+        return int(row[0])
+
+    # ---- leases
+
+    @_on_the_reserve
+    def lease(
+        self, count: int, lease_s: float, max_bytes: int, run: str | None = None
+    ) -> list[Leased]:
+        """Leases the oldest graded trees, all or of one run: at most `count`, and no more than
+        `max_bytes` of them. A tree that alone has more comes without its bytes."""
+        one_run = "" if run is None else "run = ? AND"
         leased: list[Leased] = []
-        with self._transaction():
+        with self.database.transaction():
             self._expire()
-            total = 0
-            for id_, tree, returns in self._db.execute(
-                "SELECT id, tree, returns FROM trees WHERE state = ? ORDER BY seq LIMIT ?",
-                (State.GRADED, count),
-            ).fetchall():
-                total += len(tree)
-                if leased and total > max_bytes:
+            rows = self._run(
+                f"SELECT seq, id, tree_bytes, returns FROM trees WHERE {one_run}"
+                f" state = '{State.GRADED}' ORDER BY seq LIMIT ?",
+                (*([] if run is None else [run]), count),
+            ).fetchall()
+            until, left = self.database.now() + lease_s, max_bytes
+            for seq, id_, size, returns in rows:
+                apart = size > max_bytes
+                if not apart and size > left:
                     break
+                tree = None if apart else self._bytes(seq)
+                left -= 0 if apart else size
                 lease_id = uuid.uuid4().hex
-                self._db.execute(
-                    "UPDATE trees SET lease_id = ?, lease_until = ? WHERE id = ?",
-                    (lease_id, self._clock() + lease_s, id_),
+                self.database.move(
+                    seq, State.LEASED, lease_id=lease_id, lease_s=lease_s, lease_until=until
                 )
-                self._move([id_], State.LEASED)
-                leased.append(Leased(lease_id, tree, returns))
+                leased.append(Leased(lease_id, id_, tree, size, returns))
         return leased
 
+    def read(self, lease_id: str, start: int) -> bytes:
+        """Some bytes of a leased tree from `start` on, at most a MiB; none at its end. Raises
+        UnknownLeaseError."""
+        with self.database.transaction(synced=False):
+            (seq,) = self._held([lease_id], State.LEASED)
+            query = "SELECT data FROM parts WHERE seq = ? AND part = ?"
+            data = self._value(query, seq, start // PART_BYTES)
+        return b"" if data is None else bytes(data[start % PART_BYTES :])
+
+    @_on_the_reserve
     def extend(self, lease_ids: Sequence[str], lease_s: float) -> None:
         """Prolongs leases. Raises UnknownLeaseError, with none prolonged, if one is not held."""
-        with self._transaction():
-            self._ids_of(lease_ids, State.LEASED)
-            self._db.executemany(
-                "UPDATE trees SET lease_until = ? WHERE lease_id = ?",
-                [(self._clock() + lease_s, lease_id) for lease_id in lease_ids],
-            )
+        with self.database.transaction():
+            until = self.database.now() + lease_s
+            for seq in self._held(lease_ids, State.LEASED):
+                query = "UPDATE trees SET lease_s = ?, lease_until = ? WHERE seq = ?"
+                self._run(query, (lease_s, until, seq))
 
+    @_on_the_reserve
     def ack(self, lease_ids: Sequence[str]) -> None:
         """Marks trees done; again is a no-op. Raises UnknownLeaseError, with none acked."""
-        with self._transaction():
-            ids = self._ids_of(lease_ids, State.LEASED, State.ACKED)
-            self._move(ids, State.ACKED)
-            self._db.executemany(
-                "UPDATE trees SET prompt = NULL, tree = NULL WHERE id = ?", [(i,) for i in ids]
-            )
+        with self.database.transaction():
+            done = self._held(lease_ids, State.LEASED, State.ACKED)
+            leased = [seq for seq in done if self._state(seq) is State.LEASED]
+            for seq in leased:
+                self.database.move(seq, State.ACKED)
+            self.database.drop_bytes(leased, prompts=True)
+            self._retention.of_acked(self.database)
+            self.database.shrink()
 
-    def nack(self, lease_ids: Sequence[str], reason: str) -> None:
-        """Gives trees back. Raises UnknownLeaseError, with none given back."""
-        with self._transaction():
-            for id_ in self._ids_of(lease_ids, State.LEASED):
-                self._give_back(id_, reason or "nacked without a reason")
+    @_on_the_reserve
+    def nack(self, lease_ids: Sequence[str], reason: str, *, bad: bool = False) -> None:
+        """Gives trees back; `bad` says that they themselves are at fault, which counts. Raises
+        UnknownLeaseError, with none given back."""
+        with self.database.transaction():
+            for seq in self._held(lease_ids, State.LEASED):
+                self._give_back(seq, reason or "nacked without a reason", bad=bad)
+            if bad:
+                self._retention.of_dead(self.database)
 
+    @_on_the_reserve
     def bury(self, lease_ids: Sequence[str], reason: str) -> None:
-        """Makes trees of no use to anyone dead at once, whatever their returns. Raises
+        """Makes trees of no use to anyone dead at once, whatever was counted. Raises
         UnknownLeaseError, with none buried."""
-        with self._transaction():
-            for id_ in self._ids_of(lease_ids, State.LEASED):
-                self._note(id_, reason)
-                self._db.execute(
-                    "UPDATE trees SET lease_id = NULL, lease_until = NULL WHERE id = ?", (id_,)
-                )
-                self._move([id_], State.DEAD)
+        with self.database.transaction():
+            for seq in self._held(lease_ids, State.LEASED):
+                self.database.note(seq, reason)
+                self.database.move(seq, State.DEAD, lease_id=None, lease_until=None)
+            self._retention.of_dead(self.database)
 
+    @_on_the_reserve
     def expire(self) -> int:
         """Gives back the trees whose lease ran out; returns how many."""
-        with self._transaction():
+        with self.database.transaction():
             return self._expire()
 
-    def counts(self) -> dict[State, int]:
-        """Trees by state."""
-        with self._transaction():
-            self._expire()
-            rows = self._db.execute("SELECT state, COUNT(*) FROM trees GROUP BY state").fetchall()
-        return {state: dict(rows).get(state, 0) for state in State}
-
-    def reasons(self, id_: str) -> list[str]:
-        """Why a tree failed or was given back, oldest first."""
-        row = self._db.execute("SELECT reasons FROM trees WHERE id = ?", (id_,)).fetchone()
-        return [] if row is None else list(json.loads(row[0]))
-
-    def _state(self, id_: str) -> State | None:
-        row = self._db.execute("SELECT state FROM trees WHERE id = ?", (id_,)).fetchone()
-        return None if row is None else State(row[0])
-
-    def _growing(self, id_: str) -> None:
-        if self._state(id_) is not State.GROWING:
-            raise LookupError(f"tree {id_!r} is not growing: {self._state(id_)}")
-
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
-
-    def _move(self, ids: Sequence[str], state: State) -> None:
-        """The one statement that changes a tree's state."""
-        self._db.executemany("UPDATE trees SET state = ? WHERE id = ?", [(state, i) for i in ids])
-
-    def _ids_of(self, lease_ids: Sequence[str], *states: State) -> list[str]:
+    def _held(self, lease_ids: Sequence[str], *states: State) -> list[int]:
         self._expire()
-        ids = []
+        seqs = []
         for lease_id in dict.fromkeys(lease_ids):
-            query = "SELECT id, state FROM trees WHERE lease_id = ?"
-            row = self._db.execute(query, (lease_id,)).fetchone()
+            query = "SELECT seq, state FROM trees WHERE lease_id = ?"
+            row = self._run(query, (lease_id,)).fetchone()
             if row is None or row[1] not in states:
                 raise UnknownLeaseError(f"lease {lease_id!r} is unknown or ran out")
-            ids.append(row[0])
-        return ids
+            seqs.append(int(row[0]))
+        return seqs
 
     def _expire(self) -> int:
-        rows = self._db.execute(
-            "SELECT id FROM trees WHERE state = ? AND lease_until < ?",
-            (State.LEASED, self._clock()),
+        rows = self._run(
+            f"SELECT seq FROM trees WHERE state = '{State.LEASED}' AND lease_until < ?",
+            (self.database.now(),),
         ).fetchall()
-        for (id_,) in rows:
-            self._give_back(id_, "lease ran out")
+        for (seq,) in rows:
+            self._give_back(seq, "lease ran out")
         return len(rows)
 
-    def _give_back(self, id_: str, reason: str) -> None:
-        self._note(id_, reason)
-        self._db.execute(
-            "UPDATE trees SET returns = returns + 1, lease_id = NULL, lease_until = NULL"
-            " WHERE id = ?",
-            (id_,),
+    def _give_back(self, seq: int, reason: str, *, bad: bool = False) -> None:
+        self.database.note(seq, reason)
+        query = "SELECT returns + 1, refusals + ? FROM trees WHERE seq = ?"
+        returns, refusals = self._run(query, (bad, seq)).fetchone()
+        self.database.move(
+            seq,
+            State.DEAD if bad and refusals > self._max_returns else State.GRADED,
+            returns=returns,
+            refusals=refusals,
+            lease_id=None,
+            lease_until=None,
         )
-        returns = self._db.execute("SELECT returns FROM trees WHERE id = ?", (id_,)).fetchone()[0]
-        self._move([id_], State.DEAD if returns > self._max_returns else State.GRADED)
 
-    def _note(self, id_: str, reason: str) -> None:
-        newest = [*self.reasons(id_), reason][-20:]
-        self._db.execute("UPDATE trees SET reasons = ? WHERE id = ?", (json.dumps(newest), id_))
+    # ---- what is there
 
+    @_on_the_reserve
+    def counts(self, run: str | None = None) -> dict[State, int]:
+        """Trees by state, all or of one run; `acked` counts all that ever were, of one run those
+        that are remembered."""
+        with self.database.transaction(synced=False):
+            self._expire()
+            if run is None:
+                found = dict(self._run("SELECT state, n FROM counts"))
+                found[State.ACKED] = found["ever acked"]
+            else:
+                query = "SELECT state, COUNT(*) FROM trees WHERE run = ? GROUP BY state"
+                found = dict(self._run(query, (run,)))
+        return {state: found.get(state, 0) for state in State}
 
-class _Transaction:
-    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK when something is raised inside."""
+    def reasons(self, id_: str) -> list[str]:
+        """Why a tree failed, was interrupted or given back, oldest first; the newest 8."""
+        found = self._value("SELECT reasons FROM trees WHERE id = ?", id_)
+        return [] if found is None else list(json.loads(found))
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
+    def _state(self, seq: int) -> State:
+        return State(self._value("SELECT state FROM trees WHERE seq = ?", seq))
 
-    def __enter__(self) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _bytes(self, seq: int) -> bytes:
+        query = "SELECT data FROM parts WHERE seq = ? ORDER BY part"
+        return b"".join(data for (data,) in self._run(query, (seq,)))
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if not kind:
-            self._db.execute("COMMIT")
-        elif self._db.in_transaction:  # SQLite itself rolls back when the disk is full
-            self._db.execute("ROLLBACK")
+    def _count(self, state: State) -> int:
+        return int(self._value("SELECT n FROM counts WHERE state = ?", state))

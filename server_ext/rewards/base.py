@@ -16,8 +16,9 @@ class Grader(Protocol):
         """Raises FieldError if a prompt with this reference answer cannot be graded."""
 
     async def grade(self, submission: Submission) -> float:
-        """Reward in [0, 1]. A grade that fails or takes too long is 0; raises only if nobody
-        can grade (GraderUnavailableError, PreconditionError), which fails the tree."""
+        """Reward in [0, 1]. A text that cannot be graded is 0. Raises GraderUnavailableError if
+        nobody can grade now, which interrupts the tree, and GradingRefusedError for a trajectory
+        that its service refuses, which fails it."""
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from ibtree.errors import ERROR_KEY, IbtpoError
-from server_ext.errors import BusyError
+from server_ext.errors import BusyError, DiskFullError
 
 _log = logging.getLogger(__name__)
 _MOST_DETAILS = 1600
@@ -24,7 +24,7 @@ def _short(text: str) -> str:
 def _metadata(error: Exception) -> tuple[tuple[str, str], ...]:
     """Says that it is no broken connection; and gRPC's own hint for "come back later"."""
     own = ((ERROR_KEY, type(error).__name__),)
-    if not isinstance(error, BusyError):
+    if not isinstance(error, BusyError | DiskFullError):
         return own
     return (*own, ("grpc-retry-pushback-ms", str(round(error.retry_after_s * 1000))))
 

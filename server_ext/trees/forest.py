@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 import uuid
@@ -17,13 +18,14 @@ from ibtree.messages import Chat, Expansion, Progress, Prompt
 from ibtree.tree import Tree
 from ibtree.tree.options import TreeOptions, changed, check_choice, completed
 from server_ext.cache.audit import OpenPrefix
+from server_ext.cache.open_trees import TreeAccount
 from server_ext.capacity.admission import Admission
 from server_ext.capacity.calls import Calls
 from server_ext.capacity.pace import Pace
 from server_ext.capacity.shares import Kind, Shares, shares_of
 from server_ext.capacity.slots import Slots
 from server_ext.engine.port import Engine
-from server_ext.errors import GrowthError
+from server_ext.errors import GrowthError, NoReplyError
 from server_ext.rewards.base import Graders
 from server_ext.trees.cutter import StepCutter
 from server_ext.trees.grower import SCHEDULES, Grower
@@ -36,7 +38,9 @@ from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _MAX_ID_CHARACTERS = 256
+_MAX_ANSWER_CHARACTERS = 65_536
 _NO_LIMIT = 2**31
 
 
@@ -68,12 +72,14 @@ class Forest:
         call_share: float = 0.75,
         cache_tokens: int | None,
         ended: Callable[[Tree, Kind, Outcome], None] = lambda *_: None,
+        account_lost: Callable[[], None] = lambda: None,
     ) -> None:
         """`max_rollouts` may be in flight at once, and trees of queued prompts are opened until
         they are, at most `max_open_trees` (0: no limit of its own); `call_share`, in (0, 1): what
         calls have of slots and cache while queued prompts want them too; `cache_tokens`: what the
         radix cache can hold for open trees (None: nobody knows); `ended` is told of each tree that
-        began to grow, when it has ended."""
+        began to grow, when it has ended, `account_lost` of each whose reuse the cache did not
+        tell."""
         self.defaults, self.model_id = defaults, model_id
         shares = shares_of(call_share)
         self.slots = Slots(max_rollouts, Shares(shares))
@@ -86,7 +92,7 @@ class Forest:
         self.permits = asyncio.Semaphore(max_open_trees or _NO_LIMIT)
         self.calls = Calls(max_calls, max_waiting_calls, self.paces[Kind.CALL])
         self._admission = Admission(cache_tokens, shares)
-        self._ended = ended
+        self._ended, self._account_lost = ended, account_lost
         self._open: dict[str, Tree] = {}
         self._samplers: dict[int, tuple[Tree, TreeSampler]] = {}
         """Of the jobs that grow now, by identity."""
@@ -140,6 +146,9 @@ class Forest:
         if len(prompt.id) > _MAX_ID_CHARACTERS:
             problem = f"{len(prompt.id)} characters"
             raise FieldError("prompt.id", problem, f"at most {_MAX_ID_CHARACTERS}")
+        if len(prompt.answer) > _MAX_ANSWER_CHARACTERS:
+            problem = f"{len(prompt.answer)} characters"
+            raise FieldError("answer", problem, f"at most {_MAX_ANSWER_CHARACTERS}")
         options = completed(prompt.options, self.defaults)
         grader = prompt.grader or self._default_grader
         check_job_names(options, self._graders, grader)
@@ -283,7 +292,7 @@ class Forest:
         try:
             strategy = strategy_named(job.options.strategy)
             await Grower(tree, strategy, sampler, tell, job.until).grow()
-            account = await self._engine.trees.close(name)
+            account = await self._account(name)
             tree.ledger.refilled_tokens = account.refilled
             tree.ledger.protected_tokens = account.protected
             outcome = Outcome.SCORED
@@ -296,6 +305,15 @@ class Forest:
             self._engine.trees.drop(name)
             self._ended(tree, job.kind, outcome)
         return tree
+
+    async def _account(self, name: str) -> TreeAccount:
+        """What the tree reused; nothing if that got lost: the tree itself is finished."""
+        try:
+            return await self._engine.trees.close(name)
+        except NoReplyError as error:
+            _log.warning("what tree %r reused is not known: %s", name, error)
+            self._account_lost()
+            return TreeAccount()
 
     def open_prefixes(self, most: int | None = None) -> list[OpenPrefix]:
         """Prefixes of the trees that grow now: of a prompt, or of a node that has a child. At most

@@ -209,7 +209,7 @@ class RecordedServer:
 
     def _ask(self, query: str) -> dict[str, str]:
         def ask(journal: Journal) -> dict[str, str]:
-            return dict(journal._db.execute(query).fetchall())
+            return dict(journal.database.connection.execute(query).fetchall())
 
         return asyncio.run_coroutine_threadsafe(self._journal(ask), self._loop).result(30)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import grpc
+from prometheus_client import CollectorRegistry
 
 from ibtree import AsyncClient, Prompt
 from ibtree.tree.options import SamplingOptions, TreeOptions, changed
@@ -22,6 +23,7 @@ from ibtree.wire.v1 import (
     weights_pb2_grpc,
 )
 from server_ext.cache.audit import Auditor
+from server_ext.queue.intake import Intake
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.producer import Producer
@@ -30,6 +32,7 @@ from server_ext.rewards.exact import ExactGrader
 from server_ext.services.cache import CacheService
 from server_ext.services.channel import SERVER_OPTIONS, grpc_server
 from server_ext.services.queue import QueueService
+from server_ext.services.queue_metrics import QueueMetrics
 from server_ext.services.sampling import SamplingService
 from server_ext.services.weights import WeightsService
 from server_ext.trees.forest import Forest
@@ -60,6 +63,8 @@ class Site:
         self.tokenizer = limits.get("tokenizer") or ToyTokenizer()
         open_journal = partial(Journal, folder / "j.sqlite", max_returns=2, max_failures=3)
         self.journal = JournalThread(open_journal)
+        self.registry = CollectorRegistry()
+        self.queue_metrics = QueueMetrics(self.registry)
         self.forest = Forest(
             self.engine,
             self.tokenizer,
@@ -75,12 +80,20 @@ class Site:
             call_share=limits.get("call_share", 0.75),
             cache_tokens=limits.get("cache_tokens", 1_000_000),
             ended=limits.get("ended", lambda *_: None),
+            account_lost=self.queue_metrics.account_lost,
         )
         self.producer = Producer(
             self.journal,
             self.forest,
             lambda data: prompt_from_proto(sampling_pb2.Prompt.FromString(data), DEFAULTS),
             lambda tree: tree_to_proto(tree).SerializeToString(),
+            Intake(
+                self.journal,
+                limits.get("bounds"),
+                lambda: self.updater.serving.version,
+                told=self.queue_metrics.held,
+            ),
+            self.queue_metrics.ended,
         )
         max_queued = limits.get("max_queued", 20_000)
         self.sampling = SamplingService(self.forest, self.journal, self.producer, max_queued)
@@ -117,6 +130,12 @@ class Site:
         await self.server.stop(0)
         await self.sampling.stop()
         self.journal.close()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric of the queue, by its name without `ibtpo_`."""
+        value = self.registry.get_sample_value(f"ibtpo_{name}", labels)
+        assert value is not None, (name, labels)
+        return value
 
     async def still_serves(self) -> None:
         """A tree grows, and the queue hands one out."""

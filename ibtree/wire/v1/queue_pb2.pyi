@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from ibtree.wire.v1 import tree_pb2 as _tree_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +20,44 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _TreeState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TreeStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TreeState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TREE_STATE_UNSPECIFIED: _TreeState.ValueType  # 0
+    TREE_STATE_QUEUED: _TreeState.ValueType  # 1
+    """Waits to be grown."""
+    TREE_STATE_GROWING: _TreeState.ValueType  # 2
+    """Grows now."""
+    TREE_STATE_GRADED: _TreeState.ValueType  # 3
+    """Waits to be leased."""
+    TREE_STATE_LEASED: _TreeState.ValueType  # 4
+    """Is leased."""
+    TREE_STATE_ACKED: _TreeState.ValueType  # 5
+    """Is done with."""
+    TREE_STATE_DEAD: _TreeState.ValueType  # 6
+    """Was given up."""
+
+class TreeState(_TreeState, metaclass=_TreeStateEnumTypeWrapper):
+    """A state in a tree's life."""
+
+TREE_STATE_UNSPECIFIED: TreeState.ValueType  # 0
+TREE_STATE_QUEUED: TreeState.ValueType  # 1
+"""Waits to be grown."""
+TREE_STATE_GROWING: TreeState.ValueType  # 2
+"""Grows now."""
+TREE_STATE_GRADED: TreeState.ValueType  # 3
+"""Waits to be leased."""
+TREE_STATE_LEASED: TreeState.ValueType  # 4
+"""Is leased."""
+TREE_STATE_ACKED: TreeState.ValueType  # 5
+"""Is done with."""
+TREE_STATE_DEAD: TreeState.ValueType  # 6
+"""Was given up."""
+Global___TreeState: _TypeAlias = TreeState  # noqa: Y015
+
 @_typing.final
 class LeaseTreesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -26,29 +65,37 @@ class LeaseTreesRequest(_message.Message):
     MAX_TREES_FIELD_NUMBER: _builtins.int
     LEASE_S_FIELD_NUMBER: _builtins.int
     WAIT_S_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     max_trees: _builtins.int
     """Most trees to lease, 1 to 1,024."""
     lease_s: _builtins.float
     """How long the lease lasts, in (0, 86400]. [seconds] Absent: the server's default."""
     wait_s: _builtins.float
     """How long to wait for a first tree, in [0, 600]. [seconds] Absent: 0."""
+    run: _builtins.str
+    """Only trees of this run, at most 256 characters. Absent: of all runs."""
     def __init__(
         self,
         *,
         max_trees: _builtins.int = ...,
         lease_s: _builtins.float | None = ...,
         wait_s: _builtins.float | None = ...,
+        run: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_lease_s", b"_lease_s", "_wait_s", b"_wait_s", "lease_s", b"lease_s", "wait_s", b"wait_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lease_s", b"_lease_s", "_run", b"_run", "_wait_s", b"_wait_s", "lease_s", b"lease_s", "run", b"run", "wait_s", b"wait_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lease_s", b"_lease_s", "_wait_s", b"_wait_s", "lease_s", b"lease_s", "max_trees", b"max_trees", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lease_s", b"_lease_s", "_run", b"_run", "_wait_s", b"_wait_s", "lease_s", b"lease_s", "max_trees", b"max_trees", "run", b"run", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lease_s: _TypeAlias = _typing.Literal["lease_s"]  # noqa: Y015
     _WhichOneofArgType__lease_s: _TypeAlias = _typing.Literal["_lease_s", b"_lease_s"]  # noqa: Y015
+    _WhichOneofReturnType__run: _TypeAlias = _typing.Literal["run"]  # noqa: Y015
+    _WhichOneofArgType__run: _TypeAlias = _typing.Literal["_run", b"_run"]  # noqa: Y015
     _WhichOneofReturnType__wait_s: _TypeAlias = _typing.Literal["wait_s"]  # noqa: Y015
     _WhichOneofArgType__wait_s: _TypeAlias = _typing.Literal["_wait_s", b"_wait_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lease_s) -> _WhichOneofReturnType__lease_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__run) -> _WhichOneofReturnType__run | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__wait_s) -> _WhichOneofReturnType__wait_s | None: ...
 
@@ -61,13 +108,19 @@ class TreeLease(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     TREE_FIELD_NUMBER: _builtins.int
     RETURNS_FIELD_NUMBER: _builtins.int
+    TREE_ID_FIELD_NUMBER: _builtins.int
+    TREE_BYTES_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """Names this lease in ExtendLease, AckTrees and NackTrees."""
     returns: _builtins.int
     """Times the tree was nacked or its lease ran out before."""
+    tree_id: _builtins.str
+    """Id of the tree."""
+    tree_bytes: _builtins.int
+    """Size of the serialized tree. [bytes]"""
     @_builtins.property
     def tree(self) -> _tree_pb2.Tree:
-        """The scored tree."""
+        """The scored tree. Absent: it is too large for this response, ReadTree sends it."""
 
     def __init__(
         self,
@@ -75,10 +128,12 @@ class TreeLease(_message.Message):
         lease_id: _builtins.str = ...,
         tree: _tree_pb2.Tree | None = ...,
         returns: _builtins.int = ...,
+        tree_id: _builtins.str = ...,
+        tree_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tree", b"tree"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "returns", b"returns", "tree", b"tree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "returns", b"returns", "tree", b"tree", "tree_bytes", b"tree_bytes", "tree_id", b"tree_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -105,6 +160,50 @@ class LeaseTreesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LeaseTreesResponse: _TypeAlias = LeaseTreesResponse  # noqa: Y015
+
+@_typing.final
+class ReadTreeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """A lease that is held."""
+    start: _builtins.int
+    """Where to begin, in [0, tree_bytes]: a stream that broke goes on here. [bytes]"""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        start: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadTreeRequest: _TypeAlias = ReadTreeRequest  # noqa: Y015
+
+@_typing.final
+class ReadTreeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes of the serialized ibtree.v1.Tree, at most 1 MiB."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadTreeResponse: _TypeAlias = ReadTreeResponse  # noqa: Y015
 
 @_typing.final
 class ExtendLeaseRequest(_message.Message):
@@ -192,8 +291,11 @@ class NackTreesRequest(_message.Message):
 
     LEASE_IDS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    BAD_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """Kept with the tree and shown when it is dead. Empty: no reason given."""
+    """Kept with the tree, its first 500 characters. At most 4,096. Empty: no reason given."""
+    bad: _builtins.bool
+    """The trees themselves are at fault: only that counts against them. Absent: false."""
     @_builtins.property
     def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Leases whose trees go back; all or none."""
@@ -203,10 +305,11 @@ class NackTreesRequest(_message.Message):
         *,
         lease_ids: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
+        bad: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ids", b"lease_ids", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad", b"bad", "lease_ids", b"lease_ids", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,14 +334,21 @@ Global___NackTreesResponse: _TypeAlias = NackTreesResponse  # noqa: Y015
 class GetQueueStatsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Only trees of this run, at most 256 characters. Absent: of all runs."""
     def __init__(
         self,
+        *,
+        run: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_run", b"_run", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_run", b"_run", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__run: _TypeAlias = _typing.Literal["run"]  # noqa: Y015
+    _WhichOneofArgType__run: _TypeAlias = _typing.Literal["_run", b"_run"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__run) -> _WhichOneofReturnType__run | None: ...
 
 Global___GetQueueStatsRequest: _TypeAlias = GetQueueStatsRequest  # noqa: Y015
 
@@ -253,7 +363,7 @@ class GetQueueStatsResponse(_message.Message):
     ACKED_FIELD_NUMBER: _builtins.int
     DEAD_FIELD_NUMBER: _builtins.int
     INTERACTIVE_FIELD_NUMBER: _builtins.int
-    HELD_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """Prompts waiting to be grown."""
     growing: _builtins.int
@@ -263,14 +373,16 @@ class GetQueueStatsResponse(_message.Message):
     leased: _builtins.int
     """Trees leased now."""
     acked: _builtins.int
-    """Trees acked since the journal was made."""
+    """Trees acked since the journal was made; of one run those that are remembered."""
     dead: _builtins.int
-    """Trees given up after too many nacks or failures."""
+    """Trees given up: too many failures by their own fault, or nacked as bad too often."""
     interactive: _builtins.int
-    """Trees growing for SampleTree calls now."""
+    """Trees growing for SampleTree calls now, whatever run was asked for."""
     @_builtins.property
-    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why no queued prompt begins to grow now, each as "who: why". Empty: they do."""
+    def holds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why no prompts are taken now, of any run or of some: "away" (engine or grader), "disk",
+        "backlog", "weight_lag", or "who: why" if an operator or a stop holds it. Empty: they are.
+        """
 
     def __init__(
         self,
@@ -282,11 +394,11 @@ class GetQueueStatsResponse(_message.Message):
         acked: _builtins.int = ...,
         dead: _builtins.int = ...,
         interactive: _builtins.int = ...,
-        held: _abc.Iterable[_builtins.str] | None = ...,
+        holds: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked", b"acked", "dead", b"dead", "graded", b"graded", "growing", b"growing", "held", b"held", "interactive", b"interactive", "leased", b"leased", "queued", b"queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked", b"acked", "dead", b"dead", "graded", b"graded", "growing", b"growing", "holds", b"holds", "interactive", b"interactive", "leased", b"leased", "queued", b"queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -351,19 +463,19 @@ Global___ResumeQueueRequest: _TypeAlias = ResumeQueueRequest  # noqa: Y015
 class ResumeQueueResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    HELD_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What holds the queue still, each as "who: why". Empty: prompts are taken again."""
+    def holds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What holds the queue up still, as in GetQueueStatsResponse. Empty: prompts are taken again."""
 
     def __init__(
         self,
         *,
-        held: _abc.Iterable[_builtins.str] | None = ...,
+        holds: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holds", b"holds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -414,3 +526,317 @@ class DrainQueueResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainQueueResponse: _TypeAlias = DrainQueueResponse  # noqa: Y015
+
+@_typing.final
+class ListTreesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    MAX_TREES_FIELD_NUMBER: _builtins.int
+    state: Global___TreeState.ValueType
+    """Only trees in this state. TREE_STATE_UNSPECIFIED: in any."""
+    run: _builtins.str
+    """Only trees of this run, at most 256 characters. Absent: of all runs."""
+    after: _builtins.int
+    """Only trees with a greater `number`. Absent: from the first on."""
+    max_trees: _builtins.int
+    """Most trees, 1 to 200. Absent: 100."""
+    def __init__(
+        self,
+        *,
+        state: Global___TreeState.ValueType = ...,
+        run: _builtins.str | None = ...,
+        after: _builtins.int = ...,
+        max_trees: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_trees", b"_max_trees", "_run", b"_run", "max_trees", b"max_trees", "run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_trees", b"_max_trees", "_run", b"_run", "after", b"after", "max_trees", b"max_trees", "run", b"run", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_trees: _TypeAlias = _typing.Literal["max_trees"]  # noqa: Y015
+    _WhichOneofArgType__max_trees: _TypeAlias = _typing.Literal["_max_trees", b"_max_trees"]  # noqa: Y015
+    _WhichOneofReturnType__run: _TypeAlias = _typing.Literal["run"]  # noqa: Y015
+    _WhichOneofArgType__run: _TypeAlias = _typing.Literal["_run", b"_run"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_trees) -> _WhichOneofReturnType__max_trees | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__run) -> _WhichOneofReturnType__run | None: ...
+
+Global___ListTreesRequest: _TypeAlias = ListTreesRequest  # noqa: Y015
+
+@_typing.final
+class TreeEntry(_message.Message):
+    """A tree in the journal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    INTERRUPTIONS_FIELD_NUMBER: _builtins.int
+    RETURNS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    TREE_BYTES_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    RESTS_S_FIELD_NUMBER: _builtins.int
+    LEASE_LEFT_S_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Its place in the order of submission, from 1; grows, with gaps."""
+    id: _builtins.str
+    """Id of the prompt and of the tree."""
+    state: Global___TreeState.ValueType
+    """Where it stands in its life."""
+    failures: _builtins.int
+    """Failures by its own fault, counted against it."""
+    interruptions: _builtins.int
+    """Interruptions in a row: something else was away."""
+    returns: _builtins.int
+    """Times it was nacked or its lease ran out."""
+    refusals: _builtins.int
+    """Of these, times it was nacked as bad, counted against it."""
+    tree_bytes: _builtins.int
+    """Size of the serialized tree that is kept. [bytes] 0: none is."""
+    age_s: _builtins.float
+    """Since it was submitted, or since the machine was started if that is less. [seconds]"""
+    rests_s: _builtins.float
+    """Until it may be grown. [seconds] Absent: it does not rest."""
+    lease_left_s: _builtins.float
+    """Until its lease runs out. [seconds] Absent: it is not leased."""
+    version: _builtins.int
+    """The oldest weights that generated a token of it. Absent: no tree."""
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why it failed, was interrupted or came back, oldest first; the newest 8, each of at most 500
+        characters.
+        """
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        id: _builtins.str = ...,
+        state: Global___TreeState.ValueType = ...,
+        failures: _builtins.int = ...,
+        interruptions: _builtins.int = ...,
+        returns: _builtins.int = ...,
+        refusals: _builtins.int = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        tree_bytes: _builtins.int = ...,
+        age_s: _builtins.float = ...,
+        rests_s: _builtins.float | None = ...,
+        lease_left_s: _builtins.float | None = ...,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lease_left_s", b"_lease_left_s", "_rests_s", b"_rests_s", "_version", b"_version", "lease_left_s", b"lease_left_s", "rests_s", b"rests_s", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lease_left_s", b"_lease_left_s", "_rests_s", b"_rests_s", "_version", b"_version", "age_s", b"age_s", "failures", b"failures", "id", b"id", "interruptions", b"interruptions", "lease_left_s", b"lease_left_s", "number", b"number", "reasons", b"reasons", "refusals", b"refusals", "rests_s", b"rests_s", "returns", b"returns", "state", b"state", "tree_bytes", b"tree_bytes", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__lease_left_s: _TypeAlias = _typing.Literal["lease_left_s"]  # noqa: Y015
+    _WhichOneofArgType__lease_left_s: _TypeAlias = _typing.Literal["_lease_left_s", b"_lease_left_s"]  # noqa: Y015
+    _WhichOneofReturnType__rests_s: _TypeAlias = _typing.Literal["rests_s"]  # noqa: Y015
+    _WhichOneofArgType__rests_s: _TypeAlias = _typing.Literal["_rests_s", b"_rests_s"]  # noqa: Y015
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lease_left_s) -> _WhichOneofReturnType__lease_left_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rests_s) -> _WhichOneofReturnType__rests_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___TreeEntry: _TypeAlias = TreeEntry  # noqa: Y015
+
+@_typing.final
+class ListTreesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TREES_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    more: _builtins.bool
+    """Whether more follow the last of them."""
+    @_builtins.property
+    def trees(self) -> _containers.RepeatedCompositeFieldContainer[Global___TreeEntry]:
+        """Fewer than asked for where the response would be large."""
+
+    def __init__(
+        self,
+        *,
+        trees: _abc.Iterable[Global___TreeEntry] | None = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["more", b"more", "trees", b"trees"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTreesResponse: _TypeAlias = ListTreesResponse  # noqa: Y015
+
+@_typing.final
+class TreeChoice(_message.Message):
+    """Which trees are meant: exactly one of the three."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """All of a run, at most 256 characters."""
+    all: _builtins.bool
+    """All there are."""
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These, 1 to 10,000; unknown ones are passed over."""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.str] | None = ...,
+        run: _builtins.str | None = ...,
+        all: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_run", b"_run", "run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_run", b"_run", "all", b"all", "ids", b"ids", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__run: _TypeAlias = _typing.Literal["run"]  # noqa: Y015
+    _WhichOneofArgType__run: _TypeAlias = _typing.Literal["_run", b"_run"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__run) -> _WhichOneofReturnType__run | None: ...
+
+Global___TreeChoice: _TypeAlias = TreeChoice  # noqa: Y015
+
+@_typing.final
+class ReviveTreesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TREES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def trees(self) -> Global___TreeChoice:
+        """Of these, those that are dead."""
+
+    def __init__(
+        self,
+        *,
+        trees: Global___TreeChoice | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["trees", b"trees"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trees", b"trees"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviveTreesRequest: _TypeAlias = ReviveTreesRequest  # noqa: Y015
+
+@_typing.final
+class ReviveTreesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVIVED_FIELD_NUMBER: _builtins.int
+    revived: _builtins.int
+    """Trees that are queued again."""
+    def __init__(
+        self,
+        *,
+        revived: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revived", b"revived"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviveTreesResponse: _TypeAlias = ReviveTreesResponse  # noqa: Y015
+
+@_typing.final
+class PurgeTreesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TREES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    state: Global___TreeState.ValueType
+    """TREE_STATE_DEAD, TREE_STATE_GRADED or TREE_STATE_ACKED. TREE_STATE_UNSPECIFIED: dead."""
+    @_builtins.property
+    def trees(self) -> Global___TreeChoice:
+        """Of these, those in `state`."""
+
+    def __init__(
+        self,
+        *,
+        trees: Global___TreeChoice | None = ...,
+        state: Global___TreeState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["trees", b"trees"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state", "trees", b"trees"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeTreesRequest: _TypeAlias = PurgeTreesRequest  # noqa: Y015
+
+@_typing.final
+class PurgeTreesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PURGED_FIELD_NUMBER: _builtins.int
+    purged: _builtins.int
+    """Trees that were forgotten."""
+    def __init__(
+        self,
+        *,
+        purged: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["purged", b"purged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeTreesResponse: _TypeAlias = PurgeTreesResponse  # noqa: Y015
+
+@_typing.final
+class CancelPromptsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> Global___TreeChoice:
+        """Of these, those that are queued or growing."""
+
+    def __init__(
+        self,
+        *,
+        prompts: Global___TreeChoice | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelPromptsRequest: _TypeAlias = CancelPromptsRequest  # noqa: Y015
+
+@_typing.final
+class CancelPromptsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    cancelled: _builtins.int
+    """Prompts that were forgotten."""
+    def __init__(
+        self,
+        *,
+        cancelled: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelPromptsResponse: _TypeAlias = CancelPromptsResponse  # noqa: Y015

@@ -26,8 +26,13 @@ if _version_not_supported:
 
 
 class TreeQueueServiceStub(object):
-    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
-    runs out or is nacked returns the tree to graded; after too many nacks or failures it is dead.
+    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked. Growth that ends
+    because something else was away goes back to queued, after a pause; a lease that runs out or is
+    nacked returns the tree to graded. Neither counts. A prompt that fails by its own fault, or a
+    tree that is nacked as bad, too often is dead.
+
+    A prompt whose id is "<run>/<rest>", where the rest has no "/", belongs to that run; others
+    belong to the run "".
     """
 
     def __init__(self, channel):
@@ -40,6 +45,11 @@ class TreeQueueServiceStub(object):
                 '/ibtree.v1.TreeQueueService/LeaseTrees',
                 request_serializer=ibtree_dot_v1_dot_queue__pb2.LeaseTreesRequest.SerializeToString,
                 response_deserializer=ibtree_dot_v1_dot_queue__pb2.LeaseTreesResponse.FromString,
+                _registered_method=True)
+        self.ReadTree = channel.unary_stream(
+                '/ibtree.v1.TreeQueueService/ReadTree',
+                request_serializer=ibtree_dot_v1_dot_queue__pb2.ReadTreeRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_queue__pb2.ReadTreeResponse.FromString,
                 _registered_method=True)
         self.ExtendLease = channel.unary_unary(
                 '/ibtree.v1.TreeQueueService/ExtendLease',
@@ -76,16 +86,50 @@ class TreeQueueServiceStub(object):
                 request_serializer=ibtree_dot_v1_dot_queue__pb2.DrainQueueRequest.SerializeToString,
                 response_deserializer=ibtree_dot_v1_dot_queue__pb2.DrainQueueResponse.FromString,
                 _registered_method=True)
+        self.ListTrees = channel.unary_unary(
+                '/ibtree.v1.TreeQueueService/ListTrees',
+                request_serializer=ibtree_dot_v1_dot_queue__pb2.ListTreesRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_queue__pb2.ListTreesResponse.FromString,
+                _registered_method=True)
+        self.ReviveTrees = channel.unary_unary(
+                '/ibtree.v1.TreeQueueService/ReviveTrees',
+                request_serializer=ibtree_dot_v1_dot_queue__pb2.ReviveTreesRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_queue__pb2.ReviveTreesResponse.FromString,
+                _registered_method=True)
+        self.PurgeTrees = channel.unary_unary(
+                '/ibtree.v1.TreeQueueService/PurgeTrees',
+                request_serializer=ibtree_dot_v1_dot_queue__pb2.PurgeTreesRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_queue__pb2.PurgeTreesResponse.FromString,
+                _registered_method=True)
+        self.CancelPrompts = channel.unary_unary(
+                '/ibtree.v1.TreeQueueService/CancelPrompts',
+                request_serializer=ibtree_dot_v1_dot_queue__pb2.CancelPromptsRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_queue__pb2.CancelPromptsResponse.FromString,
+                _registered_method=True)
 
 
 class TreeQueueServiceServicer(object):
-    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
-    runs out or is nacked returns the tree to graded; after too many nacks or failures it is dead.
+    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked. Growth that ends
+    because something else was away goes back to queued, after a pause; a lease that runs out or is
+    nacked returns the tree to graded. Neither counts. A prompt that fails by its own fault, or a
+    tree that is nacked as bad, too often is dead.
+
+    A prompt whose id is "<run>/<rest>", where the rest has no "/", belongs to that run; others
+    belong to the run "".
     """
 
     def LeaseTrees(self, request, context):
         """Leases graded trees, oldest prompt first. Returns as soon as one is there, or empty after
-        wait_s. One response holds at most about 3 MiB of trees (always at least one tree).
+        wait_s. One response holds at most about 3 MiB of trees; a tree that alone has more is leased
+        without its bytes, which ReadTree sends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadTree(self, request, context):
+        """Sends the bytes of a leased tree, in parts of at most 1 MiB, to be joined and parsed as a Tree.
+        NOT_FOUND: the lease is unknown or ran out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,7 +151,7 @@ class TreeQueueServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def NackTrees(self, request, context):
-        """Gives trees back, to be leased again or, after too many nacks, to be dead.
+        """Gives trees back, to be leased again or, if they were bad too often, to be dead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +186,34 @@ class TreeQueueServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListTrees(self, request, context):
+        """Looks at trees, in the order in which their prompts were submitted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReviveTrees(self, request, context):
+        """Queues dead prompts again, with nothing counted against them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeTrees(self, request, context):
+        """Forgets trees, bytes and all; their ids may be submitted again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelPrompts(self, request, context):
+        """Forgets prompts that are queued or growing; their ids may be submitted again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TreeQueueServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -149,6 +221,11 @@ def add_TreeQueueServiceServicer_to_server(servicer, server):
                     servicer.LeaseTrees,
                     request_deserializer=ibtree_dot_v1_dot_queue__pb2.LeaseTreesRequest.FromString,
                     response_serializer=ibtree_dot_v1_dot_queue__pb2.LeaseTreesResponse.SerializeToString,
+            ),
+            'ReadTree': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadTree,
+                    request_deserializer=ibtree_dot_v1_dot_queue__pb2.ReadTreeRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_queue__pb2.ReadTreeResponse.SerializeToString,
             ),
             'ExtendLease': grpc.unary_unary_rpc_method_handler(
                     servicer.ExtendLease,
@@ -185,6 +262,26 @@ def add_TreeQueueServiceServicer_to_server(servicer, server):
                     request_deserializer=ibtree_dot_v1_dot_queue__pb2.DrainQueueRequest.FromString,
                     response_serializer=ibtree_dot_v1_dot_queue__pb2.DrainQueueResponse.SerializeToString,
             ),
+            'ListTrees': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTrees,
+                    request_deserializer=ibtree_dot_v1_dot_queue__pb2.ListTreesRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_queue__pb2.ListTreesResponse.SerializeToString,
+            ),
+            'ReviveTrees': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReviveTrees,
+                    request_deserializer=ibtree_dot_v1_dot_queue__pb2.ReviveTreesRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_queue__pb2.ReviveTreesResponse.SerializeToString,
+            ),
+            'PurgeTrees': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeTrees,
+                    request_deserializer=ibtree_dot_v1_dot_queue__pb2.PurgeTreesRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_queue__pb2.PurgeTreesResponse.SerializeToString,
+            ),
+            'CancelPrompts': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelPrompts,
+                    request_deserializer=ibtree_dot_v1_dot_queue__pb2.CancelPromptsRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_queue__pb2.CancelPromptsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'ibtree.v1.TreeQueueService', rpc_method_handlers)
@@ -194,8 +291,13 @@ def add_TreeQueueServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TreeQueueService(object):
-    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
-    runs out or is nacked returns the tree to graded; after too many nacks or failures it is dead.
+    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked. Growth that ends
+    because something else was away goes back to queued, after a pause; a lease that runs out or is
+    nacked returns the tree to graded. Neither counts. A prompt that fails by its own fault, or a
+    tree that is nacked as bad, too often is dead.
+
+    A prompt whose id is "<run>/<rest>", where the rest has no "/", belongs to that run; others
+    belong to the run "".
     """
 
     @staticmethod
@@ -215,6 +317,33 @@ class TreeQueueService(object):
             '/ibtree.v1.TreeQueueService/LeaseTrees',
             ibtree_dot_v1_dot_queue__pb2.LeaseTreesRequest.SerializeToString,
             ibtree_dot_v1_dot_queue__pb2.LeaseTreesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadTree(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ibtree.v1.TreeQueueService/ReadTree',
+            ibtree_dot_v1_dot_queue__pb2.ReadTreeRequest.SerializeToString,
+            ibtree_dot_v1_dot_queue__pb2.ReadTreeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -404,6 +533,114 @@ class TreeQueueService(object):
             '/ibtree.v1.TreeQueueService/DrainQueue',
             ibtree_dot_v1_dot_queue__pb2.DrainQueueRequest.SerializeToString,
             ibtree_dot_v1_dot_queue__pb2.DrainQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTrees(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.TreeQueueService/ListTrees',
+            ibtree_dot_v1_dot_queue__pb2.ListTreesRequest.SerializeToString,
+            ibtree_dot_v1_dot_queue__pb2.ListTreesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReviveTrees(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.TreeQueueService/ReviveTrees',
+            ibtree_dot_v1_dot_queue__pb2.ReviveTreesRequest.SerializeToString,
+            ibtree_dot_v1_dot_queue__pb2.ReviveTreesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeTrees(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.TreeQueueService/PurgeTrees',
+            ibtree_dot_v1_dot_queue__pb2.PurgeTreesRequest.SerializeToString,
+            ibtree_dot_v1_dot_queue__pb2.PurgeTreesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelPrompts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.TreeQueueService/CancelPrompts',
+            ibtree_dot_v1_dot_queue__pb2.CancelPromptsRequest.SerializeToString,
+            ibtree_dot_v1_dot_queue__pb2.CancelPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

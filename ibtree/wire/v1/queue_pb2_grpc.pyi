@@ -27,8 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TreeQueueServiceStub:
-    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
-    runs out or is nacked returns the tree to graded; after too many nacks or failures it is dead.
+    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked. Growth that ends
+    because something else was away goes back to queued, after a pause; a lease that runs out or is
+    nacked returns the tree to graded. Neither counts. A prompt that fails by its own fault, or a
+    tree that is nacked as bad, too often is dead.
+
+    A prompt whose id is "<run>/<rest>", where the rest has no "/", belongs to that run; others
+    belong to the run "".
     """
 
     @_typing.overload
@@ -37,7 +42,12 @@ class TreeQueueServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TreeQueueServiceAsyncStub: ...
     LeaseTrees: _grpc.UnaryUnaryMultiCallable[_queue_pb2.LeaseTreesRequest, _queue_pb2.LeaseTreesResponse]
     """Leases graded trees, oldest prompt first. Returns as soon as one is there, or empty after
-    wait_s. One response holds at most about 3 MiB of trees (always at least one tree).
+    wait_s. One response holds at most about 3 MiB of trees; a tree that alone has more is leased
+    without its bytes, which ReadTree sends.
+    """
+    ReadTree: _grpc.UnaryStreamMultiCallable[_queue_pb2.ReadTreeRequest, _queue_pb2.ReadTreeResponse]
+    """Sends the bytes of a leased tree, in parts of at most 1 MiB, to be joined and parsed as a Tree.
+    NOT_FOUND: the lease is unknown or ran out.
     """
     ExtendLease: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ExtendLeaseRequest, _queue_pb2.ExtendLeaseResponse]
     """Prolongs leases. NOT_FOUND names a lease that is unknown or ran out; then none is prolonged."""
@@ -46,7 +56,7 @@ class TreeQueueServiceStub:
     lease that is unknown or ran out; then none is acked.
     """
     NackTrees: _grpc.UnaryUnaryMultiCallable[_queue_pb2.NackTreesRequest, _queue_pb2.NackTreesResponse]
-    """Gives trees back, to be leased again or, after too many nacks, to be dead."""
+    """Gives trees back, to be leased again or, if they were bad too often, to be dead."""
     GetQueueStats: _grpc.UnaryUnaryMultiCallable[_queue_pb2.GetQueueStatsRequest, _queue_pb2.GetQueueStatsResponse]
     """Trees by state."""
     PauseQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.PauseQueueRequest, _queue_pb2.PauseQueueResponse]
@@ -57,17 +67,35 @@ class TreeQueueServiceStub:
     """Takes PauseQueue and DrainQueue back."""
     DrainQueue: _grpc.UnaryUnaryMultiCallable[_queue_pb2.DrainQueueRequest, _queue_pb2.DrainQueueResponse]
     """PauseQueue, then waits until no queued prompt's tree grows."""
+    ListTrees: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ListTreesRequest, _queue_pb2.ListTreesResponse]
+    """Looks at trees, in the order in which their prompts were submitted."""
+    ReviveTrees: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ReviveTreesRequest, _queue_pb2.ReviveTreesResponse]
+    """Queues dead prompts again, with nothing counted against them."""
+    PurgeTrees: _grpc.UnaryUnaryMultiCallable[_queue_pb2.PurgeTreesRequest, _queue_pb2.PurgeTreesResponse]
+    """Forgets trees, bytes and all; their ids may be submitted again."""
+    CancelPrompts: _grpc.UnaryUnaryMultiCallable[_queue_pb2.CancelPromptsRequest, _queue_pb2.CancelPromptsResponse]
+    """Forgets prompts that are queued or growing; their ids may be submitted again."""
 
 @_typing.type_check_only
 class TreeQueueServiceAsyncStub(TreeQueueServiceStub):
-    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
-    runs out or is nacked returns the tree to graded; after too many nacks or failures it is dead.
+    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked. Growth that ends
+    because something else was away goes back to queued, after a pause; a lease that runs out or is
+    nacked returns the tree to graded. Neither counts. A prompt that fails by its own fault, or a
+    tree that is nacked as bad, too often is dead.
+
+    A prompt whose id is "<run>/<rest>", where the rest has no "/", belongs to that run; others
+    belong to the run "".
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LeaseTrees: _aio.UnaryUnaryMultiCallable[_queue_pb2.LeaseTreesRequest, _queue_pb2.LeaseTreesResponse]  # type: ignore[assignment]
     """Leases graded trees, oldest prompt first. Returns as soon as one is there, or empty after
-    wait_s. One response holds at most about 3 MiB of trees (always at least one tree).
+    wait_s. One response holds at most about 3 MiB of trees; a tree that alone has more is leased
+    without its bytes, which ReadTree sends.
+    """
+    ReadTree: _aio.UnaryStreamMultiCallable[_queue_pb2.ReadTreeRequest, _queue_pb2.ReadTreeResponse]  # type: ignore[assignment]
+    """Sends the bytes of a leased tree, in parts of at most 1 MiB, to be joined and parsed as a Tree.
+    NOT_FOUND: the lease is unknown or ran out.
     """
     ExtendLease: _aio.UnaryUnaryMultiCallable[_queue_pb2.ExtendLeaseRequest, _queue_pb2.ExtendLeaseResponse]  # type: ignore[assignment]
     """Prolongs leases. NOT_FOUND names a lease that is unknown or ran out; then none is prolonged."""
@@ -76,7 +104,7 @@ class TreeQueueServiceAsyncStub(TreeQueueServiceStub):
     lease that is unknown or ran out; then none is acked.
     """
     NackTrees: _aio.UnaryUnaryMultiCallable[_queue_pb2.NackTreesRequest, _queue_pb2.NackTreesResponse]  # type: ignore[assignment]
-    """Gives trees back, to be leased again or, after too many nacks, to be dead."""
+    """Gives trees back, to be leased again or, if they were bad too often, to be dead."""
     GetQueueStats: _aio.UnaryUnaryMultiCallable[_queue_pb2.GetQueueStatsRequest, _queue_pb2.GetQueueStatsResponse]  # type: ignore[assignment]
     """Trees by state."""
     PauseQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.PauseQueueRequest, _queue_pb2.PauseQueueResponse]  # type: ignore[assignment]
@@ -87,10 +115,23 @@ class TreeQueueServiceAsyncStub(TreeQueueServiceStub):
     """Takes PauseQueue and DrainQueue back."""
     DrainQueue: _aio.UnaryUnaryMultiCallable[_queue_pb2.DrainQueueRequest, _queue_pb2.DrainQueueResponse]  # type: ignore[assignment]
     """PauseQueue, then waits until no queued prompt's tree grows."""
+    ListTrees: _aio.UnaryUnaryMultiCallable[_queue_pb2.ListTreesRequest, _queue_pb2.ListTreesResponse]  # type: ignore[assignment]
+    """Looks at trees, in the order in which their prompts were submitted."""
+    ReviveTrees: _aio.UnaryUnaryMultiCallable[_queue_pb2.ReviveTreesRequest, _queue_pb2.ReviveTreesResponse]  # type: ignore[assignment]
+    """Queues dead prompts again, with nothing counted against them."""
+    PurgeTrees: _aio.UnaryUnaryMultiCallable[_queue_pb2.PurgeTreesRequest, _queue_pb2.PurgeTreesResponse]  # type: ignore[assignment]
+    """Forgets trees, bytes and all; their ids may be submitted again."""
+    CancelPrompts: _aio.UnaryUnaryMultiCallable[_queue_pb2.CancelPromptsRequest, _queue_pb2.CancelPromptsResponse]  # type: ignore[assignment]
+    """Forgets prompts that are queued or growing; their ids may be submitted again."""
 
 class TreeQueueServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked; a lease that
-    runs out or is nacked returns the tree to graded; after too many nacks or failures it is dead.
+    """Hands out scored trees. A tree's life: queued, growing, graded, leased, acked. Growth that ends
+    because something else was away goes back to queued, after a pause; a lease that runs out or is
+    nacked returns the tree to graded. Neither counts. A prompt that fails by its own fault, or a
+    tree that is nacked as bad, too often is dead.
+
+    A prompt whose id is "<run>/<rest>", where the rest has no "/", belongs to that run; others
+    belong to the run "".
     """
 
     @_abc_1.abstractmethod
@@ -100,7 +141,18 @@ class TreeQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.LeaseTreesResponse, _abc.Awaitable[_queue_pb2.LeaseTreesResponse]]:
         """Leases graded trees, oldest prompt first. Returns as soon as one is there, or empty after
-        wait_s. One response holds at most about 3 MiB of trees (always at least one tree).
+        wait_s. One response holds at most about 3 MiB of trees; a tree that alone has more is leased
+        without its bytes, which ReadTree sends.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadTree(
+        self,
+        request: _queue_pb2.ReadTreeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_queue_pb2.ReadTreeResponse], _abc.AsyncIterator[_queue_pb2.ReadTreeResponse]]:
+        """Sends the bytes of a leased tree, in parts of at most 1 MiB, to be joined and parsed as a Tree.
+        NOT_FOUND: the lease is unknown or ran out.
         """
 
     @_abc_1.abstractmethod
@@ -127,7 +179,7 @@ class TreeQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.NackTreesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.NackTreesResponse, _abc.Awaitable[_queue_pb2.NackTreesResponse]]:
-        """Gives trees back, to be leased again or, after too many nacks, to be dead."""
+        """Gives trees back, to be leased again or, if they were bad too often, to be dead."""
 
     @_abc_1.abstractmethod
     def GetQueueStats(
@@ -162,5 +214,37 @@ class TreeQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.DrainQueueResponse, _abc.Awaitable[_queue_pb2.DrainQueueResponse]]:
         """PauseQueue, then waits until no queued prompt's tree grows."""
+
+    @_abc_1.abstractmethod
+    def ListTrees(
+        self,
+        request: _queue_pb2.ListTreesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.ListTreesResponse, _abc.Awaitable[_queue_pb2.ListTreesResponse]]:
+        """Looks at trees, in the order in which their prompts were submitted."""
+
+    @_abc_1.abstractmethod
+    def ReviveTrees(
+        self,
+        request: _queue_pb2.ReviveTreesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.ReviveTreesResponse, _abc.Awaitable[_queue_pb2.ReviveTreesResponse]]:
+        """Queues dead prompts again, with nothing counted against them."""
+
+    @_abc_1.abstractmethod
+    def PurgeTrees(
+        self,
+        request: _queue_pb2.PurgeTreesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.PurgeTreesResponse, _abc.Awaitable[_queue_pb2.PurgeTreesResponse]]:
+        """Forgets trees, bytes and all; their ids may be submitted again."""
+
+    @_abc_1.abstractmethod
+    def CancelPrompts(
+        self,
+        request: _queue_pb2.CancelPromptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.CancelPromptsResponse, _abc.Awaitable[_queue_pb2.CancelPromptsResponse]]:
+        """Forgets prompts that are queued or growing; their ids may be submitted again."""
 
 def add_TreeQueueServiceServicer_to_server(servicer: TreeQueueServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -139,7 +139,9 @@ class Prompt(_message.Message):
     text: _builtins.str
     """Text, tokenised as it is."""
     answer: _builtins.str
-    """Reference answer for the grader. Empty: none; a grader that needs one rejects the prompt."""
+    """Reference answer for the grader, at most 65,536 characters. Empty: none; a grader that needs
+    one rejects the prompt.
+    """
     grader: _builtins.str
     """Name of a grader: "exact", "math", "regex", "self_consistency", "remote", or one that is
     installed on the server. Empty: the server's default.

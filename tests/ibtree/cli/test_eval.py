@@ -189,6 +189,7 @@ async def test_figures_as_a_table_and_as_json(site):
         "acked",
         "dead",
         "interactive",
+        "held",
     ]
     for name, key in [
         ("weights", "version"),

@@ -17,7 +17,7 @@ import pytest
 
 from ibtree import Prompt, Step, Tree
 from ibtree.cli import main
-from ibtree.cli.output import printable
+from ibtree.text import printable
 from ibtree.tree.options import changed
 from ibtree.tree.score import confidences, ib_scores, values
 from tests.ibtree.cli.command import command, ended, ibtpo

@@ -14,8 +14,8 @@ from tests.learner.tiny import flat_tree
 class Queue:
     """Duck-typed ibtree.client.Client and the server behind it. Trees are graded when submitted,
     unless their number is in `dying`; those in `problems` do not decode; waiting and `sleep`
-    advance the clock. Prompts fit after `full_s`. A tree given back three times is dead, by its
-    last reason."""
+    advance the clock. Prompts fit after `full_s`. A tree given back as bad three times is dead, by
+    its last reason; only trees of the run that asks are leased and counted."""
 
     def __init__(self, dying: set[int] = frozenset()) -> None:
         self.now, self.dying, self._ids = 0.0, dying, count()
@@ -23,6 +23,8 @@ class Queue:
         self.graded: list[str] = []
         self.acked: list[str] = []
         self.nacked: list[str] = []
+        self.bad: list[str] = []
+        """Of these, given back as bad."""
         self.leases: dict[str, tuple[str, float]] = {}
         self.problems: dict[str, str] = {}
         self.dead: dict[str, str] = {}
@@ -57,13 +59,14 @@ class Queue:
                 if int(prompt.id.split("/")[1]) not in self.dying:
                     self.graded.append(prompt.id)
 
-    def lease_trees(self, max_trees, *, lease_s, wait_s, wait):
+    def lease_trees(self, max_trees, *, lease_s, wait_s, wait, run):
         assert wait and max_trees > 0
-        if not self.graded:
+        if not self._of(run):
             self.sleep(wait_s)
         leases = []
-        while self.graded and len(leases) < max_trees:
-            tree, lease = self.graded.pop(0), f"lease-{next(self._ids)}"
+        for tree in self._of(run)[:max_trees]:
+            self.graded.remove(tree)
+            lease = f"lease-{next(self._ids)}"
             self.leases[lease] = (tree, self.now + lease_s)
             rollouts = [((1,), 1.0), ((2,), 0.0)]
             problem = self.problems.get(tree, "")
@@ -79,15 +82,24 @@ class Queue:
         self._check("AckTrees", lease_ids)
         self.acked += [self.leases.pop(lease)[0] for lease in lease_ids]
 
-    def nack_trees(self, lease_ids, reason):
+    def nack_trees(self, lease_ids, reason, *, bad):
         assert reason
         self._check("NackTrees", lease_ids)
         for tree in [self.leases.pop(lease)[0] for lease in lease_ids]:
             self.nacked.append(tree)
-            if self.nacked.count(tree) < 3:
+            self.bad += [tree] * bad
+            if self.bad.count(tree) < 3:
                 self.graded.append(tree)
             else:
                 self.dead[tree] = reason
 
-    def queue_stats(self):
-        return QueueStats(graded=len(self.graded), leased=len(self.leases), acked=len(self.acked))
+    def queue_stats(self, run):
+        leased = [tree for tree, _ in self.leases.values() if run_of(tree) == run]
+        return QueueStats(graded=len(self._of(run)), leased=len(leased))
+
+    def _of(self, run):
+        return [tree for tree in self.graded if run_of(tree) == run]
+
+
+def run_of(tree):
+    return tree.rpartition("/")[0]

@@ -226,8 +226,8 @@ def test_nothing_within_patience_is_an_error(make):
 
 
 def test_a_tree_that_can_not_be_trained_on_is_refused_and_the_loop_goes_on(make):
-    """A tree of another run, broken on the wire, or refused by the learner: nacked with the reason,
-    until the server gives it up; the others are trained on."""
+    """One broken on the wire, or refused by the learner: nacked as bad with the reason, until the
+    server gives it up; the others are trained on, and those of other runs left alone."""
     queue = Queue()
     queue.graded, queue.problems = ["other/1", "plain"], {"run/0": "tree.parents: not in order"}
     prepared: set[str] = set()
@@ -240,16 +240,35 @@ def test_a_tree_that_can_not_be_trained_on_is_refused_and_the_loop_goes_on(make)
     first = tree_leases.lease_step()
     assert ids(first) == ["run/1", "run/2"]
     assert {"run/1", "run/2"} <= prepared <= {"run/1", "run/2", "run/3", "run/5"}
-    assert tree_leases.refused == {"other/1", "plain", "run/0", "run/4"}
+    assert tree_leases.refused == {"run/0", "run/4"}
     tree_leases.settle(first)
     tree_leases.ack()
     assert step(tree_leases) == ["run/3", "run/5"]
     assert queue.dead == {
-        "other/1": "not of a prompt of this run",
-        "plain": "not of a prompt of this run",
         "run/0": "tree.parents: not in order",
         "run/4": "too odd",
     }
+    assert queue.graded == ["other/1", "plain"]
+
+
+def test_restarts_of_a_learner_give_its_trees_back_and_kill_none(make):
+    """However often: only what is wrong with a tree itself counts against it."""
+    queue = Queue()
+    for _ in range(6):
+        killed = make(queue)
+        killed.submit_ahead()
+        assert ids(killed.lease_step()) == ["run/0", "run/1", "run/2"]
+        make(queue).give_back_from_before()
+    assert queue.dead == {} and queue.bad == [] and len(queue.nacked) >= 18
+
+
+def test_a_dead_prompt_is_not_waited_for_while_another_run_has_trees(make):
+    queue = Queue(dying={1})
+    queue.graded = [f"other/{n}" for n in range(50)]
+    tree_leases = make(queue, prompts_ahead_steps=0)
+    tree_leases.submit_ahead()
+    assert ids(tree_leases.lease_step()) == ["run/0", "run/2"]
+    assert queue.now < 60 and len(queue.graded) == 50
 
 
 def test_an_ack_that_fails_otherwise_ends_the_run_and_keeps_the_ledger(make):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
-
 import pytest
 
-from server_ext.errors import ConflictError, UnknownLeaseError
-from server_ext.queue.journal import Leased, State
+from server_ext.errors import ConflictError, DiskFullError, UnknownLeaseError
+from server_ext.queue.journal import Leased
+from server_ext.queue.states import State
 from tests.server_ext.queue.book import MANY
 
 
@@ -18,12 +17,12 @@ def test_the_drawn_life(book):
     assert book.rows() == {"a": "queued"}
     book.now += 5
     (queued,) = journal.take(3)
-    assert (queued.id, queued.prompt, queued.submitted_at) == ("a", b"prompt", 1000.0)
+    assert (queued.id, queued.prompt, queued.waited_s) == ("a", b"prompt", 5.0)
     assert book.rows() == {"a": "growing"}
     journal.store("a", b"tree")
     assert book.rows() == {"a": "graded"}
     (leased,) = journal.lease(3, 60.0, MANY)
-    assert leased == Leased(leased.lease_id, b"tree", 0)
+    assert leased == Leased(leased.lease_id, "a", b"tree", 4, 0)
     assert book.rows() == {"a": "leased"}
     journal.ack([leased.lease_id])
     assert book.rows("state, prompt, tree") == {"a": ("acked", None, None)}
@@ -52,34 +51,38 @@ def test_failures_queue_again_and_at_last_kill(book):
     assert book.journal.take(1) == book.journal.lease(1, 1.0, MANY) == []
 
 
-def test_nacks_give_back_and_at_last_kill(book):
+def test_being_bad_gives_back_and_at_last_kills(book):
     (lease_id,) = book.leased("a")
     for returns in (1, 2):
-        book.journal.nack([lease_id], f"reason {returns}")
+        book.journal.nack([lease_id], f"reason {returns}", bad=True)
         assert book.rows() == {"a": "graded"}
         with pytest.raises(UnknownLeaseError):
             book.journal.ack([lease_id])
         (again,) = book.journal.lease(1, 60.0, MANY)
         assert (again.tree, again.returns) == (b"a...", returns)
         lease_id = again.lease_id
-    book.journal.nack([lease_id], "")
+    book.journal.nack([lease_id], "", bad=True)
     assert book.rows("state, lease_id") == {"a": ("dead", None)}
     assert book.journal.reasons("a") == ["reason 1", "reason 2", "nacked without a reason"]
     assert book.journal.lease(1, 60.0, MANY) == []
 
 
-def test_lost_leases_count_like_nacks(book):
+def test_lost_leases_and_other_nacks_give_back_and_never_kill(book):
+    """A learner that is restarted again and again holds the same trees each time."""
     book.leased("a", lease_s=10.0)
     book.now += 10.1
     assert book.journal.expire() == 1
     assert book.journal.expire() == 0
-    (again,) = book.journal.lease(1, 10.0, MANY)
-    book.journal.nack([again.lease_id], "no")
-    (again,) = book.journal.lease(1, 10.0, MANY)
-    assert again.returns == 2
-    book.now += 10.1
-    assert book.journal.counts()[State.DEAD] == 1
-    assert book.journal.reasons("a") == ["lease ran out", "no", "lease ran out"]
+    for _ in range(20):
+        (again,) = book.journal.lease(1, 10.0, MANY)
+        book.journal.nack([again.lease_id], "the learner was restarted")
+        (again,) = book.journal.lease(1, 10.0, MANY)
+        book.now += 10.1
+    assert again.returns == 40
+    assert book.journal.counts()[State.DEAD] == 0
+    assert book.rows("state, returns, refusals") == {"a": ("graded", 41, 0)}
+    assert book.journal.reasons("a")[-2:] == ["the learner was restarted", "lease ran out"]
+    assert len(book.journal.reasons("a")) == 8
 
 
 def test_a_lease_named_twice_is_given_back_once(book):
@@ -176,16 +179,17 @@ def test_what_grew_is_queued_again_when_opened_and_the_rest_is_kept(book):
 def test_new_limits_hold_after_re_opening(book):
     book.leased("a")
     (lease_id,) = book.rows("lease_id").values()
-    book.reopen(max_returns=0).nack([lease_id], "no")
+    book.reopen(max_returns=0).nack([lease_id], "no", bad=True)
     assert book.rows() == {"a": "dead"}
 
 
 def test_a_full_disk_changes_nothing_and_leaves_the_journal_usable(book):
     book.graded("a")
-    pages = book.journal._db.execute("PRAGMA page_count").fetchone()[0]
-    book.journal._db.execute(f"PRAGMA max_page_count = {pages}")
-    with book.unchanged(), pytest.raises(sqlite3.OperationalError, match="full"):
-        book.journal.submit([(f"{i}", bytes(9000)) for i in range(3)])
-    book.journal._db.execute("PRAGMA max_page_count = 100000")
+    db = book.journal.database.connection
+    pages = db.execute("PRAGMA page_count").fetchone()[0]
+    db.execute(f"PRAGMA max_page_count = {pages}")
+    with book.unchanged(), pytest.raises(DiskFullError, match="full"):
+        book.journal.submit([(f"{i}", bytes(90_000)) for i in range(3)])
+    db.execute("PRAGMA max_page_count = 100000")
     assert book.journal.submit([("b", b"")]) == (1, 0)
     assert book.rows() == {"a": "graded", "b": "queued"}

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from server_ext.queue.journal import Journal, State
+from server_ext.queue.journal import Journal
+from server_ext.queue.states import State
 from tests import ROOT
 from tests.server_ext.queue.book import rows
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from server_ext.errors import ConflictError, UnknownLeaseError
-from server_ext.queue.journal import State
+from server_ext.queue.states import State, pause_s
 from tests.server_ext.queue.book import Book
 
 MAX_RETURNS, MAX_FAILURES = 1, 2
 IDS = [f"{i}" for i in range(8)]
 PICKS = st.lists(st.integers(0, 20), max_size=3)
+ENDS = ["fail", "requeue", "interrupt"]
 
 
 @dataclass
@@ -27,7 +28,10 @@ class Row:
     state: str = "queued"
     tree: bytes | None = None
     failures: int = 0
+    interruptions: int = 0
+    rests_until: float = 0.0
     returns: int = 0
+    refusals: int = 0
     reasons: list[str] = field(default_factory=list)
     lease_id: str | None = None
     until: float = 0.0
@@ -49,12 +53,13 @@ class JournalMachine(RuleBasedStateMachine):
     def among(self, *states: str) -> list[str]:
         return [i for i, row in self.model.items() if row.state in states]
 
-    def give_back(self, id_: str, reason: str) -> None:
+    def give_back(self, id_: str, reason: str, *, bad: bool = False) -> None:
         row = self.model[id_]
         row.returns += 1
+        row.refusals += bad
         row.lease_id = None
         row.reasons.append(reason)
-        row.state = "dead" if row.returns > MAX_RETURNS else "graded"
+        row.state = "dead" if bad and row.refusals > MAX_RETURNS else "graded"
 
     def look_at_the_clock(self) -> int:
         lost = [i for i in self.among("leased") if self.model[i].until < self.book.now]
@@ -80,12 +85,13 @@ class JournalMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 3))
     def take(self, count: int) -> None:
-        expected = self.among("queued")[:count]
+        rested = [i for i in self.among("queued") if self.model[i].rests_until <= self.book.now]
+        expected = rested[:count]
         assert [queued.id for queued in self.book.journal.take(count)] == expected
         for id_ in expected:
             self.model[id_].state = "growing"
 
-    @rule(pick=st.integers(0, 20), how=st.sampled_from(["store", "store", "fail", "requeue"]))
+    @rule(pick=st.integers(0, 20), how=st.sampled_from(["store", "store", *ENDS]))
     def end_growth(self, pick: int, how: str) -> None:
         growing = self.among("growing")
         if not growing:
@@ -93,13 +99,21 @@ class JournalMachine(RuleBasedStateMachine):
         id_ = growing[pick % len(growing)]
         row, journal = self.model[id_], self.book.journal
         if how == "store":
-            row.state, row.tree = "graded", id_.encode() * (1 + pick)
+            row.state, row.tree, row.interruptions = "graded", id_.encode() * (1 + pick), 0
             journal.store(id_, row.tree)
+        elif how == "interrupt":
+            row.interruptions += 1
+            row.reasons.append(f"away {pick}")
+            row.state = "queued"
+            rest_s = journal.interrupt(id_, f"away {pick}")
+            assert rest_s == pause_s(row.interruptions)
+            row.rests_until = self.book.now + rest_s
         elif how == "requeue":
             row.state = "queued"
             journal.requeue(id_)
         else:
             row.failures += 1
+            row.interruptions = 0
             row.reasons.append(f"why {pick}")
             row.state = "dead" if row.failures >= MAX_FAILURES else "queued"
             assert journal.fail(id_, f"why {pick}") == row.state
@@ -107,39 +121,42 @@ class JournalMachine(RuleBasedStateMachine):
     @rule(count=st.integers(0, 4), lease_s=st.integers(1, 9), max_bytes=st.integers(0, 40))
     def lease(self, count: int, lease_s: int, max_bytes: int) -> None:
         self.look_at_the_clock()
-        expected, total = [], 0
+        expected, apart, total = [], set(), 0
         for id_ in self.among("graded")[:count]:
-            total += len(self.model[id_].tree or b"")
-            if expected and total > max_bytes:
+            size = len(self.model[id_].tree or b"")
+            if size > max_bytes:
+                apart.add(id_)
+            elif (total := total + size) > max_bytes:
                 break
             expected.append(id_)
         leased = self.book.journal.lease(count, lease_s, max_bytes)
-        assert [(lease.tree, lease.returns) for lease in leased] == [
-            (self.model[i].tree, self.model[i].returns) for i in expected
+        assert [(lease.id, lease.tree, lease.returns) for lease in leased] == [
+            (i, None if i in apart else self.model[i].tree, self.model[i].returns) for i in expected
         ]
         for id_, lease in zip(expected, leased, strict=True):
             row = self.model[id_]
             row.state, row.lease_id, row.until = "leased", lease.lease_id, self.book.now + lease_s
             self.old_leases.append(lease.lease_id)
 
-    @rule(picks=PICKS, how=st.sampled_from(["extend", "ack", "nack", "bury"]))
+    @rule(picks=PICKS, how=st.sampled_from(["extend", "ack", "nack", "nack", "bury"]))
     def end_leases(self, picks: list[int], how: str) -> None:
         """Ends leases from any time, most often recent ones."""
         chosen = list(dict.fromkeys(self.old_leases[-1 - p % len(self.old_leases)] for p in picks))
         extra = {"extend": [5.0], "ack": [], "nack": ["no"], "bury": ["bad"]}[how]
+        bad = how == "nack" and len(picks) > 1
         if any(lease_id not in self.holders(how) for lease_id in chosen):
             with pytest.raises(UnknownLeaseError):
                 getattr(self.book.journal, how)(chosen, *extra)
             return
         self.look_at_the_clock()
-        getattr(self.book.journal, how)(chosen, *extra)
+        getattr(self.book.journal, how)(chosen, *extra, **({"bad": True} if bad else {}))
         for lease_id in chosen:
             id_ = self.holders(how)[lease_id]
             row = self.model[id_]
             if how == "extend":
                 row.until = self.book.now + 5.0
             elif how == "nack":
-                self.give_back(id_, "no")
+                self.give_back(id_, "no", bad=bad)
             elif how == "bury":
                 row.state, row.lease_id = "dead", None
                 row.reasons.append("bad")
@@ -174,11 +191,13 @@ class JournalMachine(RuleBasedStateMachine):
 
     @invariant()
     def same(self) -> None:
-        rows = self.book.rows("state, tree, failures, returns, reasons, lease_id")
+        columns = "state, tree, failures, returns, refusals, reasons, lease_id"
+        rows = self.book.rows(columns)
         assert list(rows) == list(self.model)
         for id_, row in self.model.items():
-            expected = (row.state, row.tree, row.failures, row.returns)
-            assert rows[id_] == (*expected, json.dumps(row.reasons), row.lease_id)
+            counted = (row.failures, row.returns, row.refusals)
+            reasons = json.dumps(row.reasons[-8:])
+            assert rows[id_] == (row.state, row.tree, *counted, reasons, row.lease_id)
 
 
 JournalMachine.TestCase.settings = settings(

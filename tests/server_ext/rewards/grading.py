@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
 
 class OddError(Exception):
@@ -35,7 +36,27 @@ def misbehaving(how: str, text: str = "", answer: str = "") -> float:
             return 2.0
         case "negative":
             return -0.1
+        case "refused":
+            raise ConnectionRefusedError("nobody listens there")
+        case "wrapped":
+            try:
+                raise TimeoutError("no answer")
+            except TimeoutError as error:
+                raise OddError("their", "client") from error
+        case "handled":
+            try:
+                Path("/nowhere/at/all").stat()
+            except FileNotFoundError:
+                raise ValueError("and now the text")  # noqa: B904
     return float(text == answer)
+
+
+def wrong_once(how: str, met: str) -> float:
+    """Goes wrong the first time, as the file `met` tells."""
+    if not Path(met).exists():
+        Path(met).touch()
+        return misbehaving(how)
+    return 1.0
 
 
 def library_is_loaded() -> float:

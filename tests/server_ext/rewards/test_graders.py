@@ -144,13 +144,13 @@ async def test_math_does_not_take_a_number_for_a_formula(maths, number, answer):
     assert await grade(maths, rf"\boxed{{{number}}}", answer) == 0.0
 
 
-async def test_a_monster_costs_one_time_limit_and_gives_0():
+async def test_a_monster_costs_two_time_limits_and_gives_0():
     pool = GradingPool(1, 2.0)
     maths = MathGrader(pool, "####")
     try:
         began = time.monotonic()
         assert await grade(maths, "#### 10^10^10^10", "3") == 0.0
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 20
         assert await grade(maths, "#### x + 3", "3 + x") == 1.0
     finally:
         pool.close()

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from server_ext.rewards.pool import GradingPool
-from tests.server_ext.rewards.grading import library_is_loaded, misbehaving, own_pid
+from server_ext.errors import GraderUnavailableError
+from server_ext.rewards.pool import GradingPool, Zero
+from tests.server_ext.rewards.grading import library_is_loaded, misbehaving, own_pid, wrong_once
 
 WRONG = ["die", "leave", "raise", "recurse", "nan", "words", "two", "negative"]
 
@@ -51,6 +52,41 @@ async def test_hung_and_dying_grades_between_others(pool):
     assert rewards == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("how", ["hang", "die"])
+async def test_what_goes_wrong_once_is_graded_once_more(how, tmp_path):
+    """The machine was busy, or somebody killed the process: the text is not to blame."""
+    zeroed: list[Zero] = []
+    pool = GradingPool(1, 0.5, zeroed.append)
+    try:
+        assert await pool.grade("test", wrong_once, how, str(tmp_path / "met")) == 1.0
+        assert zeroed == []
+    finally:
+        pool.close()
+
+
+async def test_what_counts_as_0_is_counted_by_its_cause():
+    zeroed: list[Zero] = []
+    pool = GradingPool(1, 0.5, zeroed.append)
+    try:
+        for how in ("hang", "die", "raise", "nan", "right"):
+            await grade(pool, how)
+        assert zeroed == [Zero.TIMEOUT, Zero.DIED, Zero.RAISED, Zero.NO_REWARD]
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("how", ["refused", "wrapped"])
+async def test_what_a_grader_needs_and_is_away_is_no_0(pool, how):
+    """A ConnectionError, and a client's own error that one caused."""
+    with pytest.raises(GraderUnavailableError, match="test: "):
+        await grade(pool, how)
+    assert await grade(pool, "right") == 1.0
+
+
+async def test_an_error_after_one_that_was_handled_is_the_texts(pool):
+    assert await grade(pool, "handled") == 0.0
+
+
 async def test_a_cancelled_grade_frees_its_process(pool):
     task = asyncio.create_task(grade(pool, "hang"))
     await asyncio.sleep(0.05)
@@ -72,10 +108,10 @@ async def test_a_process_killed_between_grades_is_replaced(pool):
     pid = round(await pool.grade("test", own_pid) * 2**32)
     os.kill(pid, signal.SIGKILL)
     assert await grade(pool, "right") == 1.0
-    before = pool._pool
+    before = pool._many.pool()
     other = round(await pool.grade("test", own_pid) * 2**32)
     os.kill(other, signal.SIGKILL)
     while before.active:  # until pebble has noticed
         await asyncio.sleep(0.01)
     rewards = await asyncio.gather(*(grade(pool, "right") for _ in range(4)))
-    assert rewards == [1.0] * 4 and pool._pool is not before
+    assert rewards == [1.0] * 4 and pool._many.pool() is not before

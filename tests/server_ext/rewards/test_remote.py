@@ -9,11 +9,11 @@ from collections.abc import Callable
 import grpc
 import pytest
 
-from ibtree.errors import FieldError, PreconditionError
+from ibtree.errors import Fault, FieldError
 from ibtree.messages import QueueStats, Submission
 from ibtree.wire.messages import prompt_to_proto
 from ibtree.wire.v1 import reward_pb2, reward_pb2_grpc, sampling_pb2
-from server_ext.errors import GraderUnavailableError
+from server_ext.errors import BadRewardError, GraderUnavailableError, GradingRefusedError
 from server_ext.rewards.remote import RemoteGrader
 from tests.server_ext.site import Site, prompt
 
@@ -86,6 +86,14 @@ async def test_an_outage_is_no_reward(service, remote, code):
     assert (len(service.seen) > 1) == (code is grpc.StatusCode.UNAVAILABLE)
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE])
+async def test_what_the_service_refuses_is_the_trajectorys_fault(service, remote, code):
+    service.failures, service.code = 1, code
+    with pytest.raises(GradingRefusedError, match=f"{service.address}.*{code.name}.*not now"):
+        await remote.grade(ONE)
+    assert GradingRefusedError.fault is Fault.TREE
+
+
 async def test_a_service_that_hangs_has_a_deadline(service):
     service.hangs = True
     grader = RemoteGrader(service.address, 0.3)
@@ -127,8 +135,9 @@ async def test_a_service_that_is_not_there_yet_is_waited_for(service):
 )
 async def test_what_is_no_reward_is_an_error(service, remote, rewards, problem):
     service.reward = lambda _: rewards
-    with pytest.raises(PreconditionError, match=f"{service.address}.*{problem}"):
+    with pytest.raises(BadRewardError, match=f"{service.address}.*{problem}"):
         await remote.grade(ONE)
+    assert BadRewardError.fault is Fault.DEPENDENCY
 
 
 async def test_without_an_address_it_is_refused():

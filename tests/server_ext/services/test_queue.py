@@ -11,7 +11,7 @@ import pytest
 from ibtree import Client
 from ibtree.client import RpcFailed
 from ibtree.messages import QueueStats
-from server_ext.errors import EngineError
+from server_ext.errors import GrowthError
 from server_ext.queue.journal import Journal
 from tests.server_ext.fakes import until
 from tests.server_ext.site import Site, prompt
@@ -168,7 +168,10 @@ async def test_bytes_that_are_no_tree_are_dead_with_the_reason_and_the_others_ar
 
     def spoil(journal: Journal) -> None:
         for id_ in broken:
-            journal._db.execute("UPDATE trees SET tree = ? WHERE id = ?", (b"\xff" * 40, id_))
+            seq = "(SELECT seq FROM trees WHERE id = ?)"
+            journal.database.connection.execute(
+                f"UPDATE parts SET data = ? WHERE seq = {seq}", (b"\xff" * 40, id_)
+            )
 
     await site.client.submit_prompts(prompts("a", "b", "c"))
     async with asyncio.timeout(10):
@@ -186,7 +189,7 @@ async def test_bytes_that_are_no_tree_are_dead_with_the_reason_and_the_others_ar
 
 async def test_failing_growths_are_tried_again_and_then_dead(site):
     def fail(ids, number):
-        raise EngineError("no luck")
+        raise GrowthError("no luck")
 
     written, site.engine.write = site.engine.write, fail
     await site.client.submit_prompts(prompts("a"))
@@ -194,7 +197,7 @@ async def test_failing_growths_are_tried_again_and_then_dead(site):
     async with asyncio.timeout(10):
         while await site.client.queue_stats() != QueueStats(dead=1):
             await asyncio.sleep(0.01)
-    assert await site.journal(Journal.reasons, "a") == ["EngineError: no luck"] * 3
+    assert await site.journal(Journal.reasons, "a") == ["GrowthError: no luck"] * 3
     site.engine.write = written
     await site.still_serves()
 
