@@ -178,12 +178,23 @@ class AsyncClient:
         reading = TreeReading(lease)
         while not reading.complete:
             try:
-                async for data in self._stream(reading.call(), self.timeout_s):
+                async for data in self._parts(reading.call()):
                     reading.add(data)
                 reading.ended(self.target)
             except RpcFailed as error:
                 await asyncio.sleep(reading.pause_s(error))
         return reading.lease()
+
+    async def _parts(self, call: Call[bytes]) -> AsyncIterator[bytes]:
+        """What one stream sends. Raises RpcFailed."""
+        stream = call.method.on(self._channel.unary_stream)(call.request, timeout=self.timeout_s)
+        try:
+            async for message in stream:
+                yield decoded(call, self.target, message)
+        except grpc.aio.AioRpcError as error:
+            raise self._failure(call.method.name, error) from error
+        finally:
+            stream.cancel()
 
     async def extend_lease(self, lease_ids: Iterable[str], *, lease_s: float | None = None) -> None:
         await self._unary(calls.extend_lease(lease_ids, lease_s))

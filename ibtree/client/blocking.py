@@ -177,12 +177,23 @@ class Client:
         reading = TreeReading(lease)
         while not reading.complete:
             try:
-                for data in self._stream(reading.call(), self.timeout_s):
+                for data in self._parts(reading.call()):
                     reading.add(data)
                 reading.ended(self.target)
             except RpcFailed as error:
                 time.sleep(reading.pause_s(error))
         return reading.lease()
+
+    def _parts(self, call: Call[bytes]) -> Iterator[bytes]:
+        """What one stream sends. Raises RpcFailed."""
+        stream = call.method.on(self._channel.unary_stream)(call.request, timeout=self.timeout_s)
+        try:
+            for message in stream:
+                yield decoded(call, self.target, message)
+        except grpc.RpcError as error:
+            raise self._failure(call.method.name, error) from error
+        finally:
+            stream.cancel()
 
     def extend_lease(self, lease_ids: Iterable[str], *, lease_s: float | None = None) -> None:
         self._unary(calls.extend_lease(lease_ids, lease_s))
