@@ -191,7 +191,7 @@ class AsyncClient:
         try:
             async for message in stream:
                 yield decoded(call, self.target, message)
-        except grpc.aio.AioRpcError as error:
+        except grpc.RpcError as error:
             raise self._failure(call.method.name, error) from error
         finally:
             stream.cancel()
