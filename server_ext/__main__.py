@@ -23,7 +23,8 @@ ENGINE = ("sglang", "torch")
 
 
 def main() -> None:
-    """Exits 0 after a signal, 1 or 2 with one line that says what is wrong."""
+    """Exits 0 after a signal, 1 or 2 with one line that says what is wrong; with RESTART_STATUS if
+    it is to be started again as it was."""
     extra = "server" if all(map(installed, ENGINE)) else "gpu"
     with required("ibtpo-server", extra, (*NEEDED, *ENGINE)):
         _serve(sys.argv[1:])
@@ -38,6 +39,7 @@ def _serve(argv: list[str]) -> None:
     import asyncio
 
     from ibtree.errors import FieldError
+    from server_ext.errors import RESTART_STATUS, RestartNeededError
 
     try:
         device = server_ext.engine.cpu.resolved_device(config.device)
@@ -52,11 +54,17 @@ def _serve(argv: list[str]) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    restart = ""
     try:
         with required("ibtpo-server", "cpu" if device == "cpu" else "gpu"):  # SGLang's own imports
             asyncio.run(serve(config, argv[at + 1 :]))
     except FieldError as error:
         sys.exit(f"ibtpo-server: {error.as_option()}")
+    except RestartNeededError as error:
+        restart = str(error)
+    if restart:  # only now: the traceback held the gRPC server, which has to go before gRPC itself
+        print(f"ibtpo-server: {restart}", file=sys.stderr, flush=True)
+        sys.exit(RESTART_STATUS)
 
 
 if __name__ == "__main__":

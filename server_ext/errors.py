@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from ibtree.errors import Fault, IbtpoError, PreconditionError
 
+RESTART_STATUS = 75
+"""Exit status of a server that is to be started again, unchanged (EX_TEMPFAIL of sysexits.h)."""
+
 # ---- the caller's
 
 
@@ -45,6 +48,12 @@ class BrokenPushError(IbtpoError, RuntimeError):
     status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
 
 
+class PushEndedError(IbtpoError, RuntimeError):
+    """A push was ended while its bytes came: by a newer one, a rollback, or an operator."""
+
+    status, fault = "ABORTED", Fault.CALLER
+
+
 class CanaryError(PreconditionError):
     """Engine and learner disagree about a version; it is taken back."""
 
@@ -77,8 +86,13 @@ class DrainTimeout(EngineError):
     """Rollouts did not end in time for an update; the weights are as they were."""
 
 
-class MixedWeightsError(EngineError):
-    """An update failed half-way and the old version could not be put back: stop serving."""
+class RestartNeededError(EngineError):
+    """The engine cannot be used any more, whatever is tried in this process: it ends with
+    RESTART_STATUS, and the next one serves the newest version that served."""
+
+
+class MixedWeightsError(RestartNeededError):
+    """An update failed half-way and the old version could not be put back."""
 
 
 class NoReplyError(IbtpoError, RuntimeError):

@@ -3,18 +3,21 @@
 attention/registry.py  the attention backend `ibtree_cpu`
 cache/plugin.py        the radix backend `ibtree`, its messages, branches that join decode steps
 engine/sampler_cpu.py  sampling without sorting the vocabulary
+engine/loading.py      weight updates that fail without ending the scheduler
 """
 
 from __future__ import annotations
 
 from server_ext.attention import registry as attention
 from server_ext.cache import plugin as cache
+from server_ext.engine import loading
 
 
 def register() -> None:
     """Registers everything; SGLang calls it in every process that may need it, and logs and
     swallows what goes wrong here: the radix backend checks that it did not (cache/plugin.py)."""
     register_sampler()
+    loading.register()
     attention.register()
     cache.register()
 
