@@ -27,6 +27,7 @@ from server_ext.cache.audit import Auditor
 from server_ext.cache.names import FRACTION_VARIABLE
 from server_ext.config import ServerConfig
 from server_ext.engine.sglang import SglangEngine
+from server_ext.errors import RestartNeededError
 from server_ext.interpreter import settle
 from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
@@ -58,7 +59,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
-    """Runs the server until SIGTERM or SIGINT. Raises FieldError for bad settings."""
+    """Runs the server until SIGTERM or SIGINT. Raises FieldError for bad settings,
+    RestartNeededError when a new process is needed."""
     async with AsyncExitStack() as stack:  # whatever was started is shut down, newest first
         _exit_on_signal()
         model_id = model_identity(config.model)
@@ -80,6 +82,7 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         tokenizer.segmenter(config.separator)  # or the start is refused
         # two servers on one journal would each grow what the other is growing
         stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
+        store = WeightStore(config.data_dir / "weights", model_id, config.keep_weights)
 
         try:
             engine = _engine(config, sglang_arguments)
@@ -87,9 +90,10 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
             del server  # the traceback would keep it until gRPC itself is gone, and crash the exit
             raise
         stack.callback(engine.shutdown)
-        store = WeightStore(config.data_dir / "weights", model_id, config.keep_weights)
         specs = checkpoint_specs(config.model)
-        updater = WeightUpdater(engine, store, config.model, specs, model_id)
+        updater = WeightUpdater(
+            engine, store, config.model, specs, model_id, config.push_idle_timeout_s
+        )
         await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
         await updater.restore()
         cache = await engine.trees.state()  # also: the radix backend answers
@@ -261,4 +265,4 @@ async def _beat(health: Health) -> None:
 
 async def _raise_when(broken: asyncio.Event) -> NoReturn:
     await broken.wait()
-    raise RuntimeError("the engine may hold a mix of weights; start the server again")
+    raise RestartNeededError("the engine may hold a mix of weights; the server has to be restarted")

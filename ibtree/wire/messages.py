@@ -192,6 +192,8 @@ def manifest_to_proto(manifest: WeightManifest) -> weights_pb2.WeightManifest:
         base_version=manifest.base_version,
         base_digest=manifest.base_digest,
         canary=weights_pb2.Canary(**asdict(canary)) if canary else None,
+        run_id=manifest.run_id,
+        take_over=manifest.take_over,
         tensors=[
             weights_pb2.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape, sha256=t.sha256)
             for t in manifest.tensors
@@ -209,6 +211,8 @@ def manifest_from_proto(m: weights_pb2.WeightManifest) -> WeightManifest:
         base_version=m.base_version if m.HasField("base_version") else None,
         base_digest=m.base_digest,
         canary=canary if m.HasField("canary") else None,
+        run_id=m.run_id,
+        take_over=m.take_over,
     )
 
 
@@ -249,6 +253,7 @@ def _kept_from_proto(m: weights_pb2.KeptWeights) -> KeptWeights:
         served_at_s=m.served_at_s,
         base_version=m.base_version if m.HasField("base_version") else None,
         restored_version=m.restored_version if m.HasField("restored_version") else None,
+        run_id=m.run_id,
     )
 
 
