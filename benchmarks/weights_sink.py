@@ -27,7 +27,7 @@ from server_ext.weights.updater import WeightUpdater
 class NoEngine:
     """Takes tensors and forgets them."""
 
-    context_tokens, dtype = 512, "BF16"
+    context_tokens, dtype, broken = 512, "BF16", asyncio.Event()
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:

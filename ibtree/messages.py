@@ -144,6 +144,7 @@ class KeptWeights:
     served_at_s: float
     base_version: int | None = None
     restored_version: int | None = None
+    run_id: str = ""
 
 
 @dataclass(frozen=True)

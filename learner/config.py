@@ -93,6 +93,9 @@ class LearnerConfig(Settings):
     """How long a lease lasts; prolonged while trees are in hand."""
     shared_dir: Path | None = None
     """Folder that the server has as its --shared-dir: weights are left there. null: sent."""
+    take_over: bool = False
+    """Publish weights although another run published those that the server serves; that run's next
+    push is refused then."""
     canary_tolerance: float = Field(default=1.0, ge=0)
     """With each version go the log-probabilities of a few tokens; a server that computes others, by
     more than this [nats], takes the version back. 0 sends none."""

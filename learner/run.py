@@ -61,14 +61,22 @@ def started(config: LearnerConfig, ranks: Ranks) -> Iterator[Run]:
     questions = questions_of(config.prompts, config)
     held_out = questions_of(config.eval_prompts, config) if config.eval_prompts else []
     with _folder(config), Client(config.server) as client:
+        checkpoints = Checkpoints(config.out_dir / "checkpoints", config.keep_checkpoints, ranks)
+        run_id = run_id_of(checkpoints, config)
         publisher = Publisher(
-            client, config.model, config.out_dir, config.patience_s, ranks, config.shared_dir
+            client,
+            config.model,
+            config.out_dir,
+            config.patience_s,
+            ranks,
+            config.shared_dir,
+            run_id=run_id,
+            take_over=config.take_over,
         )
         trainer = new_trainer(config, ranks)
         policy = trainer.policy
-        checkpoints = Checkpoints(config.out_dir / "checkpoints", config.keep_checkpoints, ranks)
-        state = resume(checkpoints, trainer, config)
-        stream = PromptStream(questions, config.seed, _run_id(config))
+        state = checkpoints.load(policy, trainer.optimizer) or TrainState()
+        stream = PromptStream(questions, config.seed, run_id)
         vocab_size = vocabulary_of(policy)
         problem_of = partial(tree_problem, model_id=publisher.model_id, vocab_size=vocab_size)
         tree_leases = TreeLeases(client, stream, config, state, problem_of, trainer.prepare, stop)
@@ -124,19 +132,12 @@ def new_trainer(config: LearnerConfig, ranks: Ranks) -> Trainer:
     return Trainer(policy, reference, chosen, ranks.device, ranks)
 
 
-def resume(checkpoints: Checkpoints, trainer: Trainer, config: LearnerConfig) -> TrainState:
-    """The state of the newest whole checkpoint, loaded; a new one without any.
-
-    Raises FieldError, PreconditionError.
-    """
+def run_id_of(checkpoints: Checkpoints, config: LearnerConfig) -> str:
+    """The name of the run's prompts and weights on the server; kept, so that a resumed run knows
+    its own. Raises FieldError if the folder is another run's."""
     if config.resume == "never" and checkpoints.newest():
         problem = f"{config.out_dir} holds checkpoints of another run"
         raise FieldError("out_dir", problem, "a folder of its own, or --resume auto")
-    return checkpoints.load(trainer.policy, trainer.optimizer) or TrainState()
-
-
-def _run_id(config: LearnerConfig) -> str:
-    """The name of the run's prompts on the server; kept, so that a resumed run knows its own."""
     path = config.out_dir / "run.json"
     if config.resume == "never" or not path.is_file():
         fresh = path.with_suffix(".new")

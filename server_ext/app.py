@@ -36,7 +36,7 @@ from server_ext.config import ServerConfig
 from server_ext.engine.arguments import Resolved, server_arguments
 from server_ext.engine.pulse import Pulse
 from server_ext.engine.sglang import SglangEngine
-from server_ext.errors import EngineError, NoReplyError
+from server_ext.errors import EngineError, NoReplyError, RestartNeededError
 from server_ext.interpreter import settle
 from server_ext.queue.intake import Bounds, Intake
 from server_ext.queue.journal import Journal
@@ -92,7 +92,8 @@ class _Prepared:
 
 
 async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
-    """Runs the server until SIGTERM or SIGINT. Raises FieldError for bad settings."""
+    """Runs the server until SIGTERM or SIGINT. Raises FieldError for bad settings,
+    RestartNeededError when a new process is needed."""
     async with AsyncExitStack() as stack:  # whatever was started is shut down, newest first
         signals = Signals()
         signals.exit_on_signal()
@@ -175,7 +176,14 @@ async def _load(
     engine = _engine(config, prepared.arguments)
     stack.callback(engine.shutdown)
     logs.begin()
-    updater = WeightUpdater(engine, prepared.store, config.model, prepared.specs, prepared.model_id)
+    updater = WeightUpdater(
+        engine,
+        prepared.store,
+        config.model,
+        prepared.specs,
+        prepared.model_id,
+        config.push_idle_timeout_s,
+    )
     await engine.generate("first-token", [0], SamplingOptions(max_new_tokens=1), 1)
     signals.exit_on_signal()  # with its first request SGLang takes them for itself
     await updater.restore()
@@ -360,4 +368,4 @@ async def _watch(pulse: Pulse, health: Health, stuck_after_s: float) -> None:
 
 async def _raise_when(broken: asyncio.Event) -> NoReturn:
     await broken.wait()
-    raise RuntimeError("the engine may hold a mix of weights; start the server again")
+    raise RestartNeededError("the engine may hold a mix of weights; the server has to be restarted")

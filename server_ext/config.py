@@ -129,6 +129,8 @@ class ServerConfig(Settings):
     (each token keeps its version); drain waits until they end."""
     drain_timeout_s: float = Field(default=120.0, gt=0)
     """Longest such wait before a weight update is given up."""
+    push_idle_timeout_s: float = Field(default=60.0, gt=0)
+    """A push of weights that sends nothing for so long ends; the next one of the same goes on."""
     keep_weights: int = Field(default=4, ge=1)
     """Weight versions kept for rollbacks, the served one included."""
     shared_dir: Path | None = None

@@ -55,6 +55,12 @@ class OtherSglangError(PreconditionError):
     """The SGLang that is installed is not the one this is written against."""
 
 
+class PushEndedError(IbtpoError, RuntimeError):
+    """A push was ended while its bytes came: by a newer one, a rollback, or an operator."""
+
+    status, fault = "ABORTED", Fault.CALLER
+
+
 class CanaryError(PreconditionError):
     """Engine and learner disagree about a version; it is taken back."""
 
@@ -99,8 +105,13 @@ class DrainTimeout(EngineError):
     """Rollouts did not end in time for an update; the weights are as they were."""
 
 
-class MixedWeightsError(EngineError):
-    """An update failed half-way and the old version could not be put back: stop serving."""
+class RestartNeededError(EngineError):
+    """The engine cannot be used any more, whatever is tried in this process: it ends
+    (supervisor.CRASHED), and the next one serves the newest version that served."""
+
+
+class MixedWeightsError(RestartNeededError):
+    """An update failed half-way and the old version could not be put back."""
 
 
 class NoReplyError(IbtpoError, RuntimeError):

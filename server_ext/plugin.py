@@ -3,13 +3,14 @@
 attention/registry.py  the attention backend `ibtree_cpu`
 cache/plugin.py        the radix backend `ibtree`, its messages, branches that join decode steps
 engine/sampler_cpu.py  sampling without sorting the vocabulary
+engine/loading.py      weight updates that fail without ending the scheduler
 """
 
 from __future__ import annotations
 
 from server_ext.attention import registry as attention
 from server_ext.cache import plugin as cache
-from server_ext.engine import names
+from server_ext.engine import loading, names
 
 
 def register() -> None:
@@ -20,6 +21,7 @@ def register() -> None:
     """
     names.check()
     register_sampler()
+    loading.register()
     attention.register()
     cache.register()
 

@@ -1,4 +1,4 @@
-"""`ibtpo weights [status] | rollback`: the weight versions of a server."""
+"""`ibtpo weights [status] | rollback | abort`: the weight versions of a server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise FieldError("to", "without rollback", "ibtpo weights rollback --to VERSION")
     if arguments.to is not None and not 0 < arguments.to < 2**63:
         raise FieldError("to", f"got {arguments.to}", "a kept version")
-    {"status": _status, "rollback": _rollback}[arguments.what](arguments)
+    {"status": _status, "rollback": _rollback, "abort": _abort}[arguments.what](arguments)
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -45,6 +45,8 @@ def _line(weights: KeptWeights, now_s: float) -> str:
         words.append(f"on {weights.base_version}")
     if weights.restored_version is not None:
         words.append(f"version {weights.restored_version} again")
+    if weights.run_id:
+        words.append(f"by run {weights.run_id}")
     return ", ".join([*words, f"since {now_s - weights.served_at_s:.0f} s"])
 
 
@@ -54,14 +56,20 @@ def _rollback(arguments: argparse.Namespace) -> None:
     print_figures(asdict(outcome) | {"digest": outcome.digest.hex()}, arguments.json)
 
 
+def _abort(arguments: argparse.Namespace) -> None:
+    with Client(arguments.server) as client:
+        versions = client.abort_pushes()
+    print_figures({"pushes_ended": len(versions), "versions": versions}, arguments.json)
+
+
 def _options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "what",
         nargs="?",
-        choices=("status", "rollback"),
+        choices=("status", "rollback", "abort"),
         default="status",
         help="status (default): what is served and what is kept; rollback: serve a kept version's "
-        "tensors again, under a new number",
+        "tensors again, under a new number; abort: end pushes whose bytes are still coming",
     )
     command.add_argument(
         "--to",
@@ -72,5 +80,5 @@ def _options(command: argparse.ArgumentParser) -> None:
 
 
 COMMANDS: tuple[Command, ...] = (
-    ("weights", "the weight version that is served, and going back to another", _run, _options),
+    ("weights", "the weight versions of a server: look, go back, end a push", _run, _options),
 )

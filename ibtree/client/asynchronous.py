@@ -276,6 +276,10 @@ class AsyncClient:
         differs from what is served."""
         return await self._unary(calls.rollback_weights(to_version), timeout_s)
 
+    async def abort_pushes(self, version: int | None = None) -> list[int]:
+        """Ends pushes whose bytes are still coming, or those of one version; their versions."""
+        return await self._unary(calls.abort_pushes(version))
+
     async def cache_state(self) -> CacheState:
         return await self._unary(calls.cache_state())
 

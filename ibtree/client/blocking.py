@@ -286,6 +286,10 @@ class Client:
         differs from what is served."""
         return self._unary(calls.rollback_weights(to_version), timeout_s)
 
+    def abort_pushes(self, version: int | None = None) -> list[int]:
+        """Ends pushes whose bytes are still coming, or those of one version; their versions."""
+        return self._unary(calls.abort_pushes(version))
+
     def cache_state(self) -> CacheState:
         return self._unary(calls.cache_state())
 

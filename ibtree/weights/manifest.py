@@ -48,6 +48,10 @@ class WeightManifest:
     base_version: int | None = None
     base_digest: bytes = b""
     canary: Canary | None = None
+    run_id: str = ""
+    """Run that publishes it; empty: pushed by hand."""
+    take_over: bool = False
+    """Whether it may follow another run's version."""
 
     @cached_property
     def digest(self) -> bytes:

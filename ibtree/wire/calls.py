@@ -96,6 +96,7 @@ DRAIN_QUEUE = _method("TreeQueueService", queue_pb2, "DrainQueue")
 PUSH_WEIGHTS = _method("WeightsService", weights_pb2, "PushWeights", LARGE_BYTES)
 GET_WEIGHTS = _method("WeightsService", weights_pb2, "GetWeights")
 ROLLBACK_WEIGHTS = _method("WeightsService", weights_pb2, "RollbackWeights")
+ABORT_PUSHES = _method("WeightsService", weights_pb2, "AbortPushes")
 GET_CACHE = _method("CacheService", cache_pb2, "GetCache")
 AUDIT_CACHE = _method("CacheService", cache_pb2, "AuditCache")
 GRADE = _method("RewardService", reward_pb2, "Grade")
@@ -235,6 +236,11 @@ def get_weights() -> Call[ServedWeights]:
 def rollback_weights(to_version: int | None) -> Call[RollbackOutcome]:
     request = weights_pb2.RollbackWeightsRequest(to_version=to_version)
     return Call(ROLLBACK_WEIGHTS, request, messages.rollback_from_proto)
+
+
+def abort_pushes(version: int | None) -> Call[list[int]]:
+    request = weights_pb2.AbortPushesRequest(version=version)
+    return Call(ABORT_PUSHES, request, lambda m: list(m.versions))
 
 
 def cache_state() -> Call[CacheState]:

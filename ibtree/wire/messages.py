@@ -231,6 +231,8 @@ def manifest_to_proto(manifest: WeightManifest) -> weights_pb2.WeightManifest:
         base_version=manifest.base_version,
         base_digest=manifest.base_digest,
         canary=weights_pb2.Canary(**asdict(canary)) if canary else None,
+        run_id=manifest.run_id,
+        take_over=manifest.take_over,
         tensors=[
             weights_pb2.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape, sha256=t.sha256)
             for t in manifest.tensors
@@ -250,6 +252,8 @@ def manifest_from_proto(m: weights_pb2.WeightManifest) -> WeightManifest:
         base_version=m.base_version if m.HasField("base_version") else None,
         base_digest=m.base_digest,
         canary=canary if m.HasField("canary") else None,
+        run_id=m.run_id,
+        take_over=m.take_over,
     )
 
 
@@ -291,6 +295,7 @@ def _kept_from_proto(m: weights_pb2.KeptWeights) -> KeptWeights:
         **check_numbers("kept", m, ("file_bytes", "served_at_s")),
         base_version=m.base_version if m.HasField("base_version") else None,
         restored_version=m.restored_version if m.HasField("restored_version") else None,
+        run_id=m.run_id,
     )
 
 

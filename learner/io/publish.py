@@ -43,10 +43,14 @@ class Publisher:
         patience_s: float,
         ranks: Ranks = ALONE,
         shared_dir: Path | None = None,
+        run_id: str = "",
+        take_over: bool = False,
     ) -> None:
-        """Waits for the server. `shared_dir`: leave files there instead of sending them. Raises
+        """Waits for the server. `shared_dir`: leave files there instead of sending them. `run_id`:
+        who publishes; with `take_over` the first push may follow another run's. Raises
         PreconditionError if it runs another model."""
         self._client, self._patience_s, self._ranks = client, patience_s, ranks
+        self._run_id, self._take_over = run_id, take_over
         self.staged = out_dir / "publish.safetensors"
         """File of the staged version's weights, of dtype `dtype`."""
         with writing("the weights to publish", out_dir):
@@ -143,8 +147,11 @@ class Publisher:
             raise
 
     def _sent(self, manifest: WeightManifest, path: Path) -> PushOutcome:
+        manifest = replace(manifest, run_id=self._run_id, take_over=self._take_over)
         with writing("the weights to publish", self._shared_dir):
-            return self._transport.push(manifest, path, timeout_s=self._patience_s, wait=True)
+            outcome = self._transport.push(manifest, path, timeout_s=self._patience_s, wait=True)
+        self._take_over = False  # from now on another run is told of this one
+        return outcome
 
     def align(self, model: Any, state: TrainState) -> None:
         """Stages this policy after a start or a resume, and makes the server serve it.

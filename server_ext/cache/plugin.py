@@ -71,8 +71,13 @@ def _create(context: Any) -> Any:
 
     from server_ext.cache.radix import IbTreeCache
 
-    for method in _HOOKS:
-        target = f"{_SCHEDULER}.{method}"
+    # and those that were registered before this room's (server_ext/plugin.py)
+    others = (
+        target
+        for target, hooks in HookRegistry._hooks.items()
+        if any(hook.__module__.startswith("server_ext.") for _, hook, _ in hooks)
+    )
+    for target in (*(f"{_SCHEDULER}.{method}" for method in _HOOKS), *others):
         if target not in HookRegistry._patched:
             raise RuntimeError(f"radix cache backend {BACKEND}: the hook on {target} did not take")
     refused = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -71,5 +72,8 @@ class Engine(Protocol):
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
 
     async def try_out(self, prefix: Sequence[int], token: int) -> float: ...
+
+    @property
+    def broken(self) -> asyncio.Event: ...
 
     def shutdown(self) -> None: ...

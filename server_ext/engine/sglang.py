@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ibtree.tree import Finish
@@ -14,17 +14,17 @@ from ibtree.tree.options import SamplingOptions
 from server_ext.cache.audit import Score
 from server_ext.cache.client import TreeCache
 from server_ext.cache.names import BACKEND
-from server_ext.capacity.gate import Gate
 from server_ext.engine import cpu
 from server_ext.engine.arguments import Resolved, server_arguments
 from server_ext.engine.port import Completion
 from server_ext.engine.pulse import Pulse
-from server_ext.errors import DrainTimeout, EngineError, MixedWeightsError, StillBusy
+from server_ext.engine.sglang_weights import SglangWeights
+from server_ext.engine.switch import Switch
+from server_ext.errors import EngineError
 
 if TYPE_CHECKING:
     import torch
 
-_BUCKET_BYTES = 512 * 1024 * 1024
 _NEUTRAL = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 """Said in every request, so that a folder's generation_config.json changes nothing."""
 _SCORING = {"max_new_tokens": 1, "temperature": 1.0, "min_p": 0.0, **_NEUTRAL}
@@ -68,22 +68,17 @@ class SglangEngine:
         config = self._engine.tokenizer_manager.model_config
         self.context_tokens = int(config.context_len)
         self.dtype = _SAFETENSORS_DTYPES[str(config.dtype).removeprefix("torch.")]
-        self._tp_size = int(values["tp_size"])
         self._deterministic = bool(values["enable_deterministic_inference"])
         self.trees = self._tree_cache(int(values["dp_size"]))
-        self._drain_timeout_s = drain_timeout_s if switch == "drain" else None
-        self._gate = Gate()
-        self._retracted = False
-        self._loads, self._trial, self._withdrawn = 0, "", set[str]()
-        """Weight labels: how many there were; the one that may still be taken back, if any; those
-        that were."""
+        port = SglangWeights(self._engine.tokenizer_manager, int(values["tp_size"]))
+        self._switch = Switch(port, drain_timeout_s if switch == "drain" else None)
         self._waiting: dict[str, asyncio.Task[Any] | None] = {}
         self._names: dict[str, str] = {}
         """SGLang's names of the requests that are under way, by ours."""
         self._answered = 0
         """Requests that SGLang has answered, ever."""
         self.pulse = Pulse(
-            self._progress, self.trees.state, lambda: not self._gate.is_open, self._one_token
+            self._progress, self.trees.state, lambda: not self._switch.gate.is_open, self._one_token
         )
 
     def _tree_cache(self, ranks: int) -> TreeCache:
@@ -138,10 +133,10 @@ class SglangEngine:
             finally:
                 del self._names[rid]
             labels = {span["version"] for span in out["meta_info"]["weight_versions"]}
-            if self._trial in labels:
+            if self._switch.on_trial(labels):
                 async with self._waits(rid):
-                    await self._gate.opened()
-            if not labels & self._withdrawn:
+                    await self._switch.gate.opened()
+            if not self._switch.withdrew(labels):
                 return _completion(out, len(token_ids))
             attempt += 1
 
@@ -158,7 +153,7 @@ class SglangEngine:
         self, rid: str, tree: str, token_ids: Sequence[int], parameters: dict[str, Any], **more: Any
     ) -> dict[str, Any]:
         """Sends a request when the gate is open, to the rank that holds the tree."""
-        async with self._waits(rid), self._gate.rollout():
+        async with self._waits(rid), self._switch.gate.rollout():
             del self._waiting[rid]
             return await self._send(rid, tree, token_ids, parameters, **more)
 
@@ -223,103 +218,28 @@ class SglangEngine:
         """The log-probability of `token` after the prefix, computed afresh at temperature 1 [nats];
         only inside `paused`. Interrupted rollouts go on from here; what they give waits for the end
         of `paused`, and is thrown away if another `load` comes before. Raises EngineError."""
-        await self._resume()
+        await self._switch.resume_on_trial()
         rid = f"try-{uuid.uuid4().hex}"
         out = await self._send(rid, "", prefix, _SCORING, token_ids_logprob=[token], cache_salt=rid)
         return _score(out).logprob
 
-    @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """No rollout runs inside, new ones wait. Those in flight finish first (`drain`), or go back
-        to the engine's queue with the tokens they have and go on afterwards (`interrupt`).
-
-        Raises DrainTimeout if they do not finish in time. After MixedWeightsError inside, rollouts
-        wait for ever: the process is to end.
-        """
-        try:
-            async with self._gate.update(self._drain_timeout_s):
-                try:
-                    await self._retract()
-                    yield
-                except MixedWeightsError:
-                    self._gate.shut()
-                    raise
-                finally:
-                    self._trial = ""
-                    if not self._gate.is_shut:
-                        await self._resume()
-        except StillBusy as error:
-            raise DrainTimeout(f"{error}; nothing was applied") from error
-
-    async def _retract(self) -> None:
-        from sglang.srt.managers.io_struct import PauseGenerationReqInput
-
-        if self._drain_timeout_s is None and not self._retracted:
-            # of the other modes one aborts what runs, one keeps KV of the old weights
-            request = PauseGenerationReqInput(mode="retract")
-            await self._engine.tokenizer_manager.pause_generation(request)
-            self._retracted = True
-
-    async def _resume(self) -> None:
-        from sglang.srt.managers.io_struct import ContinueGenerationReqInput
-
-        if self._retracted:
-            await self._engine.tokenizer_manager.continue_generation(ContinueGenerationReqInput())
-            self._retracted = False
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        """No rollout runs inside, new ones wait: see Switch.paused."""
+        return self._switch.paused()
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Swaps weights, all or some; only inside `paused`. What the radix cache holds of other
-        weights can not be hit any more (radix.py) and is evicted when its room is needed. A second
-        call inside one `paused` takes the first one's weights back.
+        """Swaps weights, all or some; only inside `paused`: see Switch.load. What the radix cache
+        holds of other weights can not be hit any more (radix.py) and is evicted when its room is
+        needed."""
+        await self._switch.load(tensors, version)
 
-        Raises EngineError; the engine may then hold a mix of weights, and a whole version must be
-        loaded before rollouts go on.
-        """
-        from sglang.srt.managers.io_struct import (
-            BeginWeightUpdateReqInput,
-            EndWeightUpdateReqInput,
-            UpdateWeightsFromTensorReqInput,
-        )
-        from sglang.srt.utils import MultiprocessingSerializer
-
-        await self._retract()
-        if self._trial:
-            self._withdrawn.add(self._trial)
-        self._loads += 1
-        self._trial = f"{version}.{self._loads}"
-        manager = self._engine.tokenizer_manager
-        _check(await manager.begin_weight_update(BeginWeightUpdateReqInput(), None))
-        for bucket in _buckets(tensors):
-            # one payload a rank: each is consumed by the rank that reads it
-            parts = [MultiprocessingSerializer.serialize(bucket) for _ in range(self._tp_size)]
-            request = UpdateWeightsFromTensorReqInput(
-                serialized_named_tensors=parts, flush_cache=False, weight_version=self._trial
-            )
-            _check(await manager.update_weights_from_tensor(request, None))
-        _check(await manager.end_weight_update(EndWeightUpdateReqInput(), None))
+    @property
+    def broken(self) -> asyncio.Event:
+        """Set when only a new process heals the engine."""
+        return self._switch.broken
 
     def shutdown(self) -> None:
         self._engine.shutdown()
-
-
-def _buckets(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    bucket: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, tensor in tensors:
-        if size and size + tensor.nbytes > _BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    yield bucket
-
-
-def _check(result: tuple[bool, str]) -> None:
-    success, message = result
-    if not success:
-        raise EngineError(f"weight update failed: {message}")
 
 
 def _version(span: dict[str, Any]) -> int:

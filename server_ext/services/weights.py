@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import zlib
 from collections.abc import AsyncIterator
@@ -33,16 +34,25 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
         self, requests: AsyncIterator[pb.PushWeightsRequest], context: Any
     ) -> None:
         async with reported(context):
-            first = await anext(aiter(requests), pb.PushWeightsRequest())
+            first = await self._first(requests)
             if not first.HasField("manifest"):
                 raise FieldError("manifest", "missing", "the stream's first message")
-            manifest = manifest_from_proto(first.manifest)
+            manifest = await asyncio.to_thread(manifest_from_proto, first.manifest)
             if first.shared_path:
                 source = self._shared_folder.source(first.shared_path)
             else:
                 source = _Stream(requests, context).chunks
             outcome = await self._updater.push(manifest, source)
             await context.write(pushed_to_proto(outcome))
+
+    async def _first(self, requests: AsyncIterator[pb.PushWeightsRequest]) -> Any:
+        idle_timeout_s = self._updater.push_idle_timeout_s
+        try:
+            async with asyncio.timeout(idle_timeout_s):
+                return await anext(aiter(requests), pb.PushWeightsRequest())
+        except TimeoutError as error:
+            problem = f"no manifest came within {idle_timeout_s:g} s"
+            raise BrokenPushError(f"{problem}; push again") from error
 
     async def GetWeights(
         self, request: pb.GetWeightsRequest, context: Any
@@ -72,6 +82,12 @@ class WeightsService(weights_pb2_grpc.WeightsServiceServicer):
                 digest=outcome.digest,
                 pause_s=outcome.pause_s,
             )
+
+    async def AbortPushes(
+        self, request: pb.AbortPushesRequest, context: Any
+    ) -> pb.AbortPushesResponse:
+        version = request.version if request.HasField("version") else None
+        return pb.AbortPushesResponse(versions=self._updater.abort(version))
 
 
 class _Stream:

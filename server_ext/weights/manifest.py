@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ibtree.errors import FieldError, PreconditionError
 from ibtree.weights.manifest import TensorSpec, WeightManifest
 from ibtree.weights.tensor_files import DTYPE_BYTES, mapped
-from server_ext.weights.store import Serving
+from server_ext.weights.store import Serving, StoredWeights
 
 _HEADER_BYTES_PER_TENSOR = 4096
 _VERSIONS = 2**63  # trees carry them as 64-bit integers
+_LONGEST_JUMP = 2**32
+"""Versions only grow: one far ahead would leave no numbers for those that are to follow."""
+_MOST_RUN_ID = 200
 
 
 def check_version(manifest: WeightManifest, serving: Serving) -> None:
     """Raises FieldError or PreconditionError unless it may follow the served version."""
-    if manifest.version >= _VERSIONS:
+    last = min(serving.version + _LONGEST_JUMP, _VERSIONS - 1)
+    if manifest.version > last:
         problem = f"got {manifest.version}"
-        raise FieldError("manifest.version", problem, f"above the served one, below {_VERSIONS}")
+        raise FieldError("manifest.version", problem, f"{serving.version + 1} to {last}")
     if manifest.version <= serving.version:
         raise PreconditionError(
             f"version: {manifest.version} is not newer than the served {serving.version}"
+        )
+
+
+def check_number(version: int) -> None:
+    """Raises PreconditionError if there is no such version number."""
+    if version >= _VERSIONS:
+        raise PreconditionError(f"version: no number is left after {version - 1}")
+
+
+def check_run(manifest: WeightManifest, retained: Sequence[StoredWeights]) -> None:
+    """Raises PreconditionError if another run published the version that serves, FieldError for a
+    run that cannot be named. What is pushed by hand names none."""
+    run_id, other = manifest.run_id, retained[-1].run_id if retained else ""
+    if len(run_id) > _MOST_RUN_ID or not run_id.isprintable():
+        problem = f"{len(run_id)} characters, printable: {run_id.isprintable()}"
+        raise FieldError("manifest.run_id", problem, f"up to {_MOST_RUN_ID} printable characters")
+    if run_id and other and run_id != other and not manifest.take_over:
+        raise PreconditionError(
+            f"run_id: run {other} published version {retained[-1].version}, which is served, and "
+            f"one run publishes at a time; this is run {run_id}. Stop the other one and let this "
+            "one take over (ibtpo-learner --take-over true), or give each a server of its own"
         )
 
 

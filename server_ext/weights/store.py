@@ -1,12 +1,13 @@
 """The weight versions on disk: what is kept, which one serves.
 
-    <dir>/staging.part                  a push in progress; removed when the store is opened
+    <dir>/receiving-<n>.part            a push in progress; removed when the store is opened
+    <dir>/staging.part                  a received push that is being verified; likewise
     <dir>/spare.part                    the file of a dropped version: the next push writes over it,
                                         which is faster than taking as much of the disk anew
     <dir>/<version>.safetensors         a verified version, whole
     <dir>/<version>.delta.safetensors   a verified version as a delta on its base
-    <dir>/serving.json                  the kept versions, the last one serves: replaced atomically
-                                        after a version was applied
+    <dir>/serving.json                  the model, and the kept versions, the last of which serves:
+                                        replaced atomically after a version was applied
 
 So a restart serves exactly the version before or the version after an interrupted push. Files that
 no kept version needs are removed after the next one serves.
@@ -50,16 +51,19 @@ class WeightStore:
     def __init__(self, directory: Path, model_id: str, keep: int = 4) -> None:
         """`keep`: how many versions that served stay, the present one included.
 
-        Raises FieldError if the list of versions is damaged.
+        Raises FieldError if the list of versions is damaged, or of another model.
         """
         self._dir, self._model_id, self._most_retained = directory, model_id, keep
         self._dir.mkdir(parents=True, exist_ok=True)
-        self.staging = self._dir / "staging.part"
-        self.staging.unlink(missing_ok=True)
+        self.folder, self.staging = directory, directory / "staging.part"
+        for left in (self.staging, *directory.glob("receiving-*.part")):
+            left.unlink(missing_ok=True)
         self.spare = self._dir / "spare.part"
         self._pointer = self._dir / "serving.json"
         self.retained = self._read()
-        """Oldest first, the last one serves; empty if nothing did, or another model did."""
+        """Oldest first, the last one serves; empty if nothing did."""
+        if not self._pointer.is_file():
+            self._point_at(())  # whose folder it is
 
     def _read(self) -> tuple[StoredWeights, ...]:
         if not self._pointer.is_file():
@@ -67,11 +71,18 @@ class WeightStore:
         try:
             content = json.loads(self._pointer.read_text())
             retained = tuple(_entry(**entry) for entry in content["kept"])
-            other_model = content["model_id"] != self._model_id
+            model_id = str(content["model_id"])
         except (ValueError, TypeError, KeyError) as error:
             problem = f"{self._pointer} is damaged ({error!r})"
             raise FieldError("data_dir", problem, "remove it to start from the model") from error
-        return () if other_model else retained
+        if model_id != self._model_id:
+            raise FieldError(
+                "data_dir",
+                f"{self._dir} keeps weights of model {model_id[:12]}…, and --model is "
+                f"{self._model_id[:12]}…",
+                f"another folder, the model they are of, or {self._dir} removed",
+            )
+        return retained
 
     def serving(self) -> Serving:
         """What served last."""

@@ -14,26 +14,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from ibtree.errors import PreconditionError
 from ibtree.messages import PushOutcome, RollbackOutcome
 from ibtree.weights.manifest import Canary, TensorSpec, WeightManifest
 from server_ext.engine.port import Engine
-from server_ext.errors import MixedWeightsError
+from server_ext.errors import MixedWeightsError, RestartNeededError
 from server_ext.weights.canary import check_canary, check_sizes
 from server_ext.weights.host_copy import HostCopy
-from server_ext.weights.inbox import Inbox, Source
-from server_ext.weights.manifest import check_size, check_tensors, check_version
+from server_ext.weights.inbox import Inbox, Source, remove
+from server_ext.weights.manifest import (
+    check_number,
+    check_run,
+    check_size,
+    check_tensors,
+    check_version,
+)
 from server_ext.weights.store import Serving, StoredWeights, WeightStore
 
 _log = logging.getLogger(__name__)
-_PUT_BACK_S = 600.0
-"""An engine that takes longer does not answer any more: the process ends and starts anew."""
+T = TypeVar("T")
 
 
 class WeightState(StrEnum):
@@ -49,7 +55,7 @@ class WeightState(StrEnum):
 
 
 class WeightUpdater:
-    """Takes one push or rollback at a time."""
+    """Receives pushes beside each other, and takes one of them or a rollback at a time."""
 
     def __init__(
         self,
@@ -58,20 +64,26 @@ class WeightUpdater:
         model_dir: Path,
         specs: Mapping[str, TensorSpec],
         model_id: str,
+        push_idle_timeout_s: float = 60.0,
     ) -> None:
-        """`specs`: the model folder's tensors (names and shapes); the dtype is the engine's."""
+        """`specs`: the model folder's tensors (names and shapes); the dtype is the engine's.
+        `push_idle_timeout_s`: how long a push may send nothing."""
         self._engine, self._store = engine, store
         self._specs, self.model_id = specs, model_id
         self._lock = asyncio.Lock()
         self._tidying: asyncio.Future[None] | None = None
-        self._inbox = Inbox(store.staging, store.spare)
+        self.push_idle_timeout_s = push_idle_timeout_s
+        self._inbox = Inbox(store.folder, store.spare, push_idle_timeout_s)
         self._host = HostCopy(store, model_dir)
         self.serving = Serving()
-        self.state = WeightState.SERVING
+        self.state, self._announced = WeightState.SERVING, 0
         self.pause_s = 0.0
         """How long no rollout could run at the last update."""
-        self.broken = asyncio.Event()
-        """Set when a mix of weights may be loaded: the process must end."""
+
+    @property
+    def broken(self) -> asyncio.Event:
+        """Set when a mix of weights may be loaded, or the engine is gone: the process must end."""
+        return self._engine.broken
 
     @property
     def dtype(self) -> str:
@@ -93,70 +105,75 @@ class WeightUpdater:
             _log.info("serving weight version %s again", self.serving.version)
 
     async def push(self, manifest: WeightManifest, source: Source) -> PushOutcome:
-        """Receives, checks and serves a version; returns when it serves.
+        """Receives, checks and serves a version; returns when it serves. Others may be received at
+        the same time; from then on one follows the other.
 
         Raises PreconditionError (another model or base, not newer, tensors that do not fit, a
-        canary that fails), FieldError (bytes that do not match the manifest), EngineError (not
-        applied), and what the source raises.
+        canary that fails), FieldError (bytes that do not match the manifest), PushEndedError (by a
+        newer push, a rollback, `abort`), EngineError (not applied), RestartNeededError, and what
+        the source raises.
         """
-        await self._lock.acquire()
         version = manifest.version
-        try:
-            if Serving(version, manifest.digest) == self.serving:
-                self._lock.release()
-                return PushOutcome(version, WeightState.SERVING, manifest.digest, 0.0)
+        await asyncio.to_thread(lambda: manifest.digest)  # hashes what has thousands of names
+        if self._serves(manifest):
+            return PushOutcome(version, WeightState.SERVING, manifest.digest, 0.0)
+        with self._rejected_if_it_fails(version):
             self._enter(WeightState.ANNOUNCED, version)
-            self._check(manifest)
-            await self._inbox.receive(manifest, source)
+            await asyncio.to_thread(self._check, manifest, settled=not self._lock.locked())
+            path = await self._inbox.receive(manifest, source)
             self._enter(WeightState.RECEIVED, version)
-        except BaseException:
-            self._enter(WeightState.REJECTED, version)
-            self._lock.release()
-            raise
-        pause_s = await self._to_the_end(version, self._take(manifest))
-        return PushOutcome(version, WeightState.SERVING, manifest.digest, pause_s)
+        return await self._in_turn(lambda: self._take(manifest, path))
 
     async def rollback(self, to_version: int | None = None) -> RollbackOutcome:
         """Serves a kept version's tensors again, as the version after the served one; by default
-        those of the newest that differs. Raises PreconditionError, FieldError, EngineError."""
-        await self._lock.acquire()
-        try:
-            target = self._target(to_version)
-        except BaseException:
-            self._lock.release()
-            raise
-        version = self.serving.version + 1
-        self._enter(WeightState.ANNOUNCED, version)
-        pause_s = await self._to_the_end(version, self._go_back(target, version))
-        return RollbackOutcome(version, target.version, target.digest, pause_s)
+        those of the newest that differs. Ends pushes that are still being received.
 
-    async def _to_the_end(self, version: int, work: Coroutine[Any, Any, float]) -> float:
-        """Lets the version go its way, whether the caller waits or not: half a version must not
-        stay in the engine, nor the next push meet this one's file."""
+        Raises PreconditionError, FieldError, EngineError, RestartNeededError."""
+        self._target(to_version)
+        self._inbox.end("a rollback")
+        return await self._in_turn(lambda: self._go_back(to_version))
 
-        async def whole() -> float:
+    def abort(self, version: int | None = None) -> list[int]:
+        """Ends pushes that are still being received, or those of one version; their versions."""
+        return self._inbox.end("an operator", version)
+
+    async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Runs it when nothing else changes the weights, and to the end, whether the caller waits
+        or not: half a version must not stay in the engine."""
+
+        async def whole() -> T:
+            await self._lock.acquire()
             try:
-                pause_s = await work
-            except BaseException:
-                self._enter(WeightState.REJECTED, version)
-                raise
-            self._enter(WeightState.SERVING, version)
-            return pause_s
-
-        async def tidied() -> None:
-            try:
-                await asyncio.wait({finishing})
-                if not (finishing.cancelled() or self.broken.is_set()):
-                    await asyncio.to_thread(self._store.drop)  # large files take their time
+                return await work()
             finally:
-                self._lock.release()
+                self._tidying = asyncio.ensure_future(self._tidied())
 
-        finishing = asyncio.ensure_future(whole())
-        self._tidying = asyncio.ensure_future(tidied())
-        return await asyncio.shield(finishing)
+        return await asyncio.shield(asyncio.ensure_future(whole()))
 
-    async def _take(self, manifest: WeightManifest) -> float:
-        """Takes a version from received to applied; returns the pause [s]."""
+    async def _tidied(self) -> None:
+        """The end of a turn; large files take their time."""
+        try:
+            if not self.broken.is_set():
+                await asyncio.to_thread(self._store.drop)
+        finally:
+            self._lock.release()
+
+    async def _take(self, manifest: WeightManifest, path: Path) -> PushOutcome:
+        """Takes a version from received to serving."""
+        version, pause_s = manifest.version, 0.0
+        try:
+            with self._rejected_if_it_fails(version):
+                if not self._serves(manifest):  # it may by now
+                    await asyncio.to_thread(self._check, manifest, settled=True)
+                    await asyncio.to_thread(path.replace, self._store.staging)
+                    pause_s = await self._take_staged(manifest)
+            self._enter(WeightState.SERVING, version)
+        finally:
+            await asyncio.to_thread(remove, path, self._store.staging)
+        return PushOutcome(version, WeightState.SERVING, manifest.digest, pause_s)
+
+    async def _take_staged(self, manifest: WeightManifest) -> float:
+        """Takes a version from the staging file to applied; returns the pause [s]."""
         before = self._host.specs_of(self.serving)
         try:
             # the disk writes while the processor hashes; neither may go on after the other failed
@@ -172,11 +189,19 @@ class WeightUpdater:
         except Exception:
             await asyncio.to_thread(self._host.reload_served)
             raise
-        finally:
-            self._inbox.forget()
 
-    async def _go_back(self, target: StoredWeights, version: int) -> float:
-        """Takes a rollback from announced to applied; returns the pause [s]."""
+    async def _go_back(self, to_version: int | None) -> RollbackOutcome:
+        """Takes a rollback from announced to serving."""
+        target, version = self._target(to_version), self.serving.version + 1
+        check_number(version)
+        with self._rejected_if_it_fails(version):
+            self._enter(WeightState.ANNOUNCED, version)
+            pause_s = await self._restore_kept(target, version)
+        self._enter(WeightState.SERVING, version)
+        return RollbackOutcome(version, target.version, target.digest, pause_s)
+
+    async def _restore_kept(self, target: StoredWeights, version: int) -> float:
+        """Takes a kept version's tensors from verified to applied; returns the pause [s]."""
         before = self._host.specs_of(self.serving)
         stored = replace(target, version=version, restored_version=target.version)
         try:
@@ -189,21 +214,37 @@ class WeightUpdater:
             await asyncio.to_thread(self._host.reload_served)
             raise
 
-    def _enter(self, state: WeightState, version: int) -> None:
-        """The one statement that changes a version's state."""
-        _log.info("weight version %s: %s", version, state)
-        self.state = state
+    @contextmanager
+    def _rejected_if_it_fails(self, version: int) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._enter(WeightState.REJECTED, version)
+            raise
 
-    def _check(self, manifest: WeightManifest) -> None:
-        """Raises PreconditionError or FieldError unless it can follow the served version."""
+    def _serves(self, manifest: WeightManifest) -> bool:
+        return Serving(manifest.version, manifest.digest) == self.serving
+
+    def _enter(self, state: WeightState, version: int) -> None:
+        """The one statement that changes a version's state; `state` is that of the newest one."""
+        _log.info("weight version %s: %s", version, state)
+        if state is WeightState.ANNOUNCED:
+            self._announced = version
+        if version == self._announced:
+            self.state = state
+
+    def _check(self, manifest: WeightManifest, *, settled: bool) -> None:
+        """Raises PreconditionError or FieldError unless it can follow the served version. Whether
+        that is its base is asked only if no other version is on its way into the engine."""
         if manifest.model_id != self.model_id:
             raise PreconditionError(
                 f"model_id: the weights are of model {manifest.model_id[:12]}…, this server runs "
                 f"{self.model_id[:12]}…; start the learner from the same model folder"
             )
         check_version(manifest, self.serving)
+        check_run(manifest, self.retained)
         check_tensors(manifest, self._specs, self.dtype)
-        if manifest.base_version is not None:
+        if manifest.base_version is not None and settled:
             base, ours = Serving(manifest.base_version, manifest.base_digest), self._host.version
             if not base.digest or not base == self.serving == ours:
                 known = ours if ours and ours.digest else None
@@ -225,7 +266,9 @@ class WeightUpdater:
         size = self._store.staging.stat().st_size
         files = self._store.keep(manifest.version, delta=delta)
         base = manifest.base_version if delta else None
-        return StoredWeights(manifest.version, manifest.digest, size, 0.0, base, files=files)
+        return StoredWeights(
+            manifest.version, manifest.digest, size, 0.0, base, None, manifest.run_id, files=files
+        )
 
     async def _apply(
         self, stored: StoredWeights, changed: Iterable[str], canary: Canary | None
@@ -242,6 +285,8 @@ class WeightUpdater:
                     await check_canary(self._engine, canary, stored.version)
                 stored = replace(stored, served_at_s=time.time())
                 await asyncio.to_thread(self._store.serve, stored)
+            except RestartNeededError:
+                raise
             except Exception as error:
                 _log.error("weight version %s was not taken: %s", stored.version, error)
                 await self._put_back(before)
@@ -257,11 +302,11 @@ class WeightUpdater:
             await asyncio.to_thread(self._store.put_back, retained)
             if retained:
                 await asyncio.to_thread(self._host.load, retained[-1])
-            async with asyncio.timeout(_PUT_BACK_S):
-                await self._engine.load(self._host.served(), self.serving.version)
+            await self._engine.load(self._host.served(), self.serving.version)
+        except RestartNeededError:
+            raise
         except Exception as error:
-            self.broken.set()
-            raise MixedWeightsError("the old weights could not be put back") from error
+            raise MixedWeightsError(f"the old weights could not be put back: {error}") from error
 
     def _target(self, version: int | None) -> StoredWeights:
         """What to roll back to. Raises PreconditionError."""

@@ -7,8 +7,8 @@ import random
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import astuple, fields
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,9 @@ from ibtree.tree.options import SamplingOptions
 from server_ext.cache.audit import Score
 from server_ext.cache.client import TreeCache
 from server_ext.cache.open_trees import OpenTrees
-from server_ext.capacity.gate import Gate
 from server_ext.engine.port import Completion
-from server_ext.errors import DrainTimeout, StillBusy
+from server_ext.engine.switch import Bucket, Switch, SwitchState
+from server_ext.errors import EngineError
 from server_ext.trees.cuts import UNITS, Segmenter, SentenceSegmenter
 
 EOS = 256
@@ -101,37 +101,100 @@ class FakeRank:
             asyncio.get_running_loop().call_soon(self.cache.replied, answer)
 
 
+class FakeWeights:
+    """Implements server_ext.engine.switch.WeightPort with SGLang's sessions: one at a time.
+
+    While `half_way` is not set updates hang at the second tensor. Each update takes one entry of
+    `faults` (an exception, or None) and raises it there.
+    """
+
+    def __init__(self, took: Callable[[str], None]) -> None:
+        """`took`: called with the label of what an ended session brought."""
+        self.half_way = asyncio.Event()
+        self.half_way.set()
+        self.faults: deque[Exception | None] = deque()
+        self.tensors = dict[str, torch.Tensor]()
+        self.open = False
+        self._took, self._label = took, ""
+
+    async def pause(self) -> None:
+        pass
+
+    async def resume(self) -> None:
+        pass
+
+    async def begin(self) -> None:
+        if self.open:
+            raise EngineError("a weight-update session is already open")
+        self.open, self._label = True, ""
+
+    async def load(self, bucket: Bucket, label: str) -> None:
+        assert self.open, "outside of a session"
+        fault = self.faults.popleft() if self.faults else None
+        self._label = ""
+        for at, (name, tensor) in enumerate(bucket):
+            if at == 1:
+                await self.half_way.wait()
+                if fault:
+                    raise fault
+            self.tensors[name] = tensor.clone()
+        self._label = label
+
+    async def end(self) -> None:
+        if not self.open:
+            raise EngineError("no weight-update session is open")
+        self.open = False
+        if self._label:
+            self._took(self._label)
+
+
 class FakeEngine:
-    """Implements server_ext.engine.Engine; records what it loads.
+    """Implements server_ext.engine.port.Engine, with the real weight switch; records what it loads.
 
     `write` makes the text of a rollout from its token ids and number. While `go_on` is not set
-    rollouts hang, while `half_way` is not set updates do. Each update takes one entry of `faults`
-    (an exception, or None) and raises it half-way. An update that interrupts finds rollouts half
-    through what is left of them.
+    rollouts hang. An update that interrupts finds rollouts half through what is left of them.
     """
 
     def __init__(self, switch: str = "interrupt", drain_timeout_s: float = 5.0) -> None:
         self.context_tokens, self.dtype = 512, "F32"
         self.write: Callable[[Sequence[int], int], str] = toy_text
-        self.go_on, self.half_way = asyncio.Event(), asyncio.Event()
+        self.go_on = asyncio.Event()
         self.go_on.set()
-        self.half_way.set()
-        self.faults: deque[Exception | None] = deque()
-        self.version, self.weights = 0, dict[str, torch.Tensor]()
+        self.port = FakeWeights(self._took)
+        self.half_way, self.faults = self.port.half_way, self.port.faults
+        self.version = 0
         self.rank = FakeRank(capacity_tokens=1_000_000)
         self.trees = self.rank.cache
         self.updates: list[int] = []
         self.running: dict[str, asyncio.Event] = {}
         self.requests: list[str] = []
         self.seeds: list[int] = []
-        self.updating = False
         self.tried: list[int] = []
         """The version of each trial."""
+        self._labels = ["0"]
         self._spans: dict[str, list[tuple[float, int]]] = {}
         """Spans of the rollouts in flight: (share of the tokens before each, updates before it)."""
-        self._trial, self._withdrawn = False, set[int]()
-        self._gate = Gate()
-        self._drain_timeout_s = drain_timeout_s if switch == "drain" else None
+        self.switch = Switch(self.port, drain_timeout_s if switch == "drain" else None)
+        self.broken = self.switch.broken
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.port.tensors
+
+    @weights.setter
+    def weights(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.port.tensors = tensors
+
+    @property
+    def updating(self) -> bool:
+        return self.port.open
+
+    def _took(self, label: str) -> None:
+        self.version = int(label.partition(".")[0])
+        self.updates.append(self.version)
+        self._labels.append(label)
+        for spans in self._spans.values():
+            spans.append(((spans[-1][0] + 1) / 2, len(self.updates)))
 
     def generated_tokens(self, rid: str) -> int:
         return 3 if rid in self.running else 0
@@ -149,7 +212,7 @@ class FakeEngine:
         assert 0 < max_new_tokens < self.context_tokens - len(token_ids)
         number = rid.rsplit("/", 1)[1]
         while True:
-            async with self._gate.rollout():
+            async with self.switch.gate.rollout():
                 aborted = self.running[rid] = asyncio.Event()
                 spans = self._spans[rid] = [(0.0, len(self.updates))]
                 self.requests.append(rid)
@@ -158,9 +221,10 @@ class FakeEngine:
                     text = self.write(token_ids, int(number) if number != "prompt" else -1)
                 finally:
                     del self.running[rid], self._spans[rid]
-            if self._trial:
-                await self._gate.opened()
-            if not self._withdrawn & {update for _, update in spans}:
+            labels = {self._labels[update] for _, update in spans}
+            if self.switch.on_trial(labels):
+                await self.switch.gate.opened()
+            if not self.switch.withdrew(labels):
                 break
         out = (*text.encode(), EOS)
         finish = Finish.STOP if len(out) <= max_new_tokens else Finish.LENGTH
@@ -181,7 +245,7 @@ class FakeEngine:
     async def score(
         self, prefix: Sequence[int], token: int, *, tree: str = "", cold: bool = False
     ) -> Score:
-        async with self._gate.rollout():
+        async with self.switch.gate.rollout():
             return Score(-0.5, 0 if cold else len(prefix) // 2, self.version)
 
     def abort(self, rid: str) -> None:
@@ -189,7 +253,8 @@ class FakeEngine:
             self.running[rid].set()
 
     async def try_out(self, prefix: Sequence[int], token: int) -> float:
-        assert not self._gate._open.is_set()
+        assert self.switch.state is SwitchState.ON_TRIAL
+        await self.switch.resume_on_trial()
         self.tried.append(self.version)
         return self.logprob(prefix, token)
 
@@ -198,39 +263,11 @@ class FakeEngine:
         total = sum(float(tensor.float().sum()) for tensor in self.weights.values())
         return -(abs(total + len(prefix) + token / 7) % 5.0)
 
-    @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        try:
-            async with self._gate.update(self._drain_timeout_s):
-                assert not self.running or self._drain_timeout_s is None
-                try:
-                    yield
-                finally:
-                    self._trial = False
-        except StillBusy as error:
-            raise DrainTimeout("rollouts did not end") from error
+    def paused(self) -> AbstractAsyncContextManager[None]:
+        return self.switch.paused()
 
     async def load(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        assert not self.updating, "two updates at once"
-        assert not self._gate._open.is_set()
-        self.updating = True
-        try:
-            fault = self.faults.popleft() if self.faults else None
-            for at, (name, tensor) in enumerate(tensors):
-                if at == 1:
-                    await self.half_way.wait()
-                    if fault:
-                        raise fault
-                self.weights[name] = tensor.clone()
-            if self._trial:
-                self._withdrawn.add(len(self.updates))
-            self._trial = True
-            self.version = version
-            self.updates.append(version)
-            for spans in self._spans.values():
-                spans.append(((spans[-1][0] + 1) / 2, len(self.updates)))
-        finally:
-            self.updating = False
+        await self.switch.load(tensors, version)
 
     def shutdown(self) -> None:
         pass

@@ -54,7 +54,10 @@ class Site:
     """`async with Site(folder)`: built like server_ext.app, without the process around it."""
 
     def __init__(self, folder: Path, **limits: Any) -> None:
-        self.weights = Served(folder, limits.get("switch", "interrupt"))
+        idle_timeout_s = limits.get("push_idle_timeout_s", 60.0)
+        self.weights = Served(
+            folder, limits.get("switch", "interrupt"), push_idle_timeout_s=idle_timeout_s
+        )
         self._shared_dir = limits.get("shared_dir")
         self._audited = limits.get("audited", lambda _: None)
         self._most_calls = limits.get("most_calls", 1000)

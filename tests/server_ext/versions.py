@@ -77,23 +77,45 @@ def version_of(folder: Path, number: int, content: Tensors | None = None) -> Ver
     return Version(path, make_manifest(path, number, MODEL_ID), path)
 
 
+def same_tensors(loaded: Tensors, number: int, expected: Tensors | Version | None) -> None:
+    """Fails unless these are the tensors of version `number`, or those expected."""
+    if isinstance(expected, Version):
+        expected = load_file(expected.whole)
+    expected = tensors(number) if expected is None else expected
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(loaded[name], tensor), f"{name} is of another version"
+
+
 class Served:
     """A server's weights on disk; `restart` is a new process with a new engine."""
 
-    def __init__(self, folder: Path, switch: str = "interrupt", keep: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        switch: str = "interrupt",
+        keep: int = 2,
+        push_idle_timeout_s: float = 60.0,
+    ) -> None:
         self.folder, self.model_dir = folder, folder / "model"
-        self.switch, self.keep = switch, keep
+        self.switch, self.keep, self._idle_timeout_s = switch, keep, push_idle_timeout_s
         self.model_dir.mkdir(exist_ok=True)
         save_file(tensors(0), self.model_dir / "model.safetensors")
         self.model_id = MODEL_ID
         self._build()
 
+    def new_engine(self, tensors: Tensors) -> FakeEngine:
+        engine = FakeEngine(self.switch)
+        engine.weights = tensors
+        return engine
+
     def _build(self) -> None:
-        self.engine = FakeEngine(self.switch)
-        self.engine.weights = load_file(self.model_dir / "model.safetensors")
+        self.engine = self.new_engine(load_file(self.model_dir / "model.safetensors"))
         self.store = WeightStore(self.folder / "weights", self.model_id, self.keep)
         specs = checkpoint_specs(self.model_dir)
-        self.updater = WeightUpdater(self.engine, self.store, self.model_dir, specs, self.model_id)
+        self.updater = WeightUpdater(
+            self.engine, self.store, self.model_dir, specs, self.model_id, self._idle_timeout_s
+        )
 
     async def restart(self, model_id: str = MODEL_ID) -> None:
         self.model_id = model_id
@@ -113,12 +135,7 @@ class Served:
     def check(self, number: int, expected: Tensors | Version | None = None) -> None:
         """The engine holds exactly version `number` (by default that of `push`), and the updater
         says so."""
-        if isinstance(expected, Version):
-            expected = load_file(expected.whole)
-        expected = tensors(number) if expected is None else expected
-        assert self.engine.weights.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(self.engine.weights[name], tensor), f"{name} is of another version"
+        same_tensors(self.engine.weights, number, expected)
         assert self.updater.serving.version == number
         assert self.engine.version == number
         assert not self.updater.broken.is_set()

@@ -24,39 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17ibtree/v1/weights.proto\x12\tibtree.v1\"H\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"@\n\x06\x43\x61nary\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x11\n\ttolerance\x18\x03 \x01(\x02\"\xe3\x01\n\x0eWeightManifest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12&\n\x07tensors\x18\x03 \x03(\x0b\x32\x15.ibtree.v1.TensorSpec\x12\x12\n\nfile_bytes\x18\x04 \x01(\x03\x12\x19\n\x0c\x62\x61se_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0b\x62\x61se_digest\x18\x06 \x01(\x0c\x12&\n\x06\x63\x61nary\x18\x07 \x01(\x0b\x32\x11.ibtree.v1.CanaryH\x01\x88\x01\x01\x42\x0f\n\r_base_versionB\t\n\x07_canary\":\n\x0bWeightChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"\x89\x01\n\x12PushWeightsRequest\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.ibtree.v1.WeightManifestH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.ibtree.v1.WeightChunkH\x00\x12\x13\n\x0bshared_path\x18\x03 \x01(\tB\x06\n\x04part\"h\n\rPushedWeights\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.ibtree.v1.WeightState\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01\"^\n\x13PushWeightsResponse\x12\x13\n\tsend_from\x18\x01 \x01(\x03H\x00\x12*\n\x06pushed\x18\x02 \x01(\x0b\x32\x18.ibtree.v1.PushedWeightsH\x00\x42\x06\n\x04part\"\x13\n\x11GetWeightsRequest\"\xb7\x01\n\x0bKeptWeights\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x12\n\nfile_bytes\x18\x03 \x01(\x03\x12\x19\n\x0c\x62\x61se_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0bserved_at_s\x18\x05 \x01(\x01\x12\x1d\n\x10restored_version\x18\x06 \x01(\x04H\x01\x88\x01\x01\x42\x0f\n\r_base_versionB\x13\n\x11_restored_version\"\xc3\x01\n\x12GetWeightsResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.ibtree.v1.WeightState\x12\x10\n\x08model_id\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x0f\n\x07pause_s\x18\x07 \x01(\x01\x12$\n\x04kept\x18\x08 \x03(\x0b\x32\x16.ibtree.v1.KeptWeights\"@\n\x16RollbackWeightsRequest\x12\x17\n\nto_version\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_to_version\"e\n\x17RollbackWeightsResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x18\n\x10restored_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01*\xe5\x01\n\x0bWeightState\x12\x1c\n\x18WEIGHT_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16WEIGHT_STATE_ANNOUNCED\x10\x01\x12\x19\n\x15WEIGHT_STATE_RECEIVED\x10\x02\x12\x19\n\x15WEIGHT_STATE_VERIFIED\x10\x03\x12\x17\n\x13WEIGHT_STATE_STAGED\x10\x04\x12\x18\n\x14WEIGHT_STATE_APPLIED\x10\x05\x12\x18\n\x14WEIGHT_STATE_SERVING\x10\x06\x12\x19\n\x15WEIGHT_STATE_REJECTED\x10\x07\x32\x87\x02\n\x0eWeightsService\x12P\n\x0bPushWeights\x12\x1d.ibtree.v1.PushWeightsRequest\x1a\x1e.ibtree.v1.PushWeightsResponse(\x01\x30\x01\x12I\n\nGetWeights\x12\x1c.ibtree.v1.GetWeightsRequest\x1a\x1d.ibtree.v1.GetWeightsResponse\x12X\n\x0fRollbackWeights\x12!.ibtree.v1.RollbackWeightsRequest\x1a\".ibtree.v1.RollbackWeightsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17ibtree/v1/weights.proto\x12\tibtree.v1\"H\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"@\n\x06\x43\x61nary\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x11\n\ttolerance\x18\x03 \x01(\x02\"\x86\x02\n\x0eWeightManifest\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12&\n\x07tensors\x18\x03 \x03(\x0b\x32\x15.ibtree.v1.TensorSpec\x12\x12\n\nfile_bytes\x18\x04 \x01(\x03\x12\x19\n\x0c\x62\x61se_version\x18\x05 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0b\x62\x61se_digest\x18\x06 \x01(\x0c\x12&\n\x06\x63\x61nary\x18\x07 \x01(\x0b\x32\x11.ibtree.v1.CanaryH\x01\x88\x01\x01\x12\x0e\n\x06run_id\x18\x08 \x01(\t\x12\x11\n\ttake_over\x18\t \x01(\x08\x42\x0f\n\r_base_versionB\t\n\x07_canary\":\n\x0bWeightChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05\x63rc32\x18\x03 \x01(\x07\"\x89\x01\n\x12PushWeightsRequest\x12-\n\x08manifest\x18\x01 \x01(\x0b\x32\x19.ibtree.v1.WeightManifestH\x00\x12\'\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x16.ibtree.v1.WeightChunkH\x00\x12\x13\n\x0bshared_path\x18\x03 \x01(\tB\x06\n\x04part\"h\n\rPushedWeights\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.ibtree.v1.WeightState\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01\"^\n\x13PushWeightsResponse\x12\x13\n\tsend_from\x18\x01 \x01(\x03H\x00\x12*\n\x06pushed\x18\x02 \x01(\x0b\x32\x18.ibtree.v1.PushedWeightsH\x00\x42\x06\n\x04part\"\x13\n\x11GetWeightsRequest\"\xc7\x01\n\x0bKeptWeights\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x12\n\nfile_bytes\x18\x03 \x01(\x03\x12\x19\n\x0c\x62\x61se_version\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x0bserved_at_s\x18\x05 \x01(\x01\x12\x1d\n\x10restored_version\x18\x06 \x01(\x04H\x01\x88\x01\x01\x12\x0e\n\x06run_id\x18\x07 \x01(\tB\x0f\n\r_base_versionB\x13\n\x11_restored_version\"\xc3\x01\n\x12GetWeightsResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.ibtree.v1.WeightState\x12\x10\n\x08model_id\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x0f\n\x07pause_s\x18\x07 \x01(\x01\x12$\n\x04kept\x18\x08 \x03(\x0b\x32\x16.ibtree.v1.KeptWeights\"@\n\x16RollbackWeightsRequest\x12\x17\n\nto_version\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\r\n\x0b_to_version\"e\n\x17RollbackWeightsResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x18\n\x10restored_version\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x0f\n\x07pause_s\x18\x04 \x01(\x01\"6\n\x12\x41\x62ortPushesRequest\x12\x14\n\x07version\x18\x01 \x01(\x04H\x00\x88\x01\x01\x42\n\n\x08_version\"\'\n\x13\x41\x62ortPushesResponse\x12\x10\n\x08versions\x18\x01 \x03(\x04*\xe5\x01\n\x0bWeightState\x12\x1c\n\x18WEIGHT_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16WEIGHT_STATE_ANNOUNCED\x10\x01\x12\x19\n\x15WEIGHT_STATE_RECEIVED\x10\x02\x12\x19\n\x15WEIGHT_STATE_VERIFIED\x10\x03\x12\x17\n\x13WEIGHT_STATE_STAGED\x10\x04\x12\x18\n\x14WEIGHT_STATE_APPLIED\x10\x05\x12\x18\n\x14WEIGHT_STATE_SERVING\x10\x06\x12\x19\n\x15WEIGHT_STATE_REJECTED\x10\x07\x32\xd5\x02\n\x0eWeightsService\x12P\n\x0bPushWeights\x12\x1d.ibtree.v1.PushWeightsRequest\x1a\x1e.ibtree.v1.PushWeightsResponse(\x01\x30\x01\x12I\n\nGetWeights\x12\x1c.ibtree.v1.GetWeightsRequest\x1a\x1d.ibtree.v1.GetWeightsResponse\x12X\n\x0fRollbackWeights\x12!.ibtree.v1.RollbackWeightsRequest\x1a\".ibtree.v1.RollbackWeightsResponse\x12L\n\x0b\x41\x62ortPushes\x12\x1d.ibtree.v1.AbortPushesRequest\x1a\x1e.ibtree.v1.AbortPushesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ibtree.wire.v1.weights_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WEIGHTSTATE']._serialized_start=1385
-  _globals['_WEIGHTSTATE']._serialized_end=1614
+  _globals['_WEIGHTSTATE']._serialized_start=1533
+  _globals['_WEIGHTSTATE']._serialized_end=1762
   _globals['_TENSORSPEC']._serialized_start=38
   _globals['_TENSORSPEC']._serialized_end=110
   _globals['_CANARY']._serialized_start=112
   _globals['_CANARY']._serialized_end=176
   _globals['_WEIGHTMANIFEST']._serialized_start=179
-  _globals['_WEIGHTMANIFEST']._serialized_end=406
-  _globals['_WEIGHTCHUNK']._serialized_start=408
-  _globals['_WEIGHTCHUNK']._serialized_end=466
-  _globals['_PUSHWEIGHTSREQUEST']._serialized_start=469
-  _globals['_PUSHWEIGHTSREQUEST']._serialized_end=606
-  _globals['_PUSHEDWEIGHTS']._serialized_start=608
-  _globals['_PUSHEDWEIGHTS']._serialized_end=712
-  _globals['_PUSHWEIGHTSRESPONSE']._serialized_start=714
-  _globals['_PUSHWEIGHTSRESPONSE']._serialized_end=808
-  _globals['_GETWEIGHTSREQUEST']._serialized_start=810
-  _globals['_GETWEIGHTSREQUEST']._serialized_end=829
-  _globals['_KEPTWEIGHTS']._serialized_start=832
-  _globals['_KEPTWEIGHTS']._serialized_end=1015
-  _globals['_GETWEIGHTSRESPONSE']._serialized_start=1018
-  _globals['_GETWEIGHTSRESPONSE']._serialized_end=1213
-  _globals['_ROLLBACKWEIGHTSREQUEST']._serialized_start=1215
-  _globals['_ROLLBACKWEIGHTSREQUEST']._serialized_end=1279
-  _globals['_ROLLBACKWEIGHTSRESPONSE']._serialized_start=1281
-  _globals['_ROLLBACKWEIGHTSRESPONSE']._serialized_end=1382
-  _globals['_WEIGHTSSERVICE']._serialized_start=1617
-  _globals['_WEIGHTSSERVICE']._serialized_end=1880
+  _globals['_WEIGHTMANIFEST']._serialized_end=441
+  _globals['_WEIGHTCHUNK']._serialized_start=443
+  _globals['_WEIGHTCHUNK']._serialized_end=501
+  _globals['_PUSHWEIGHTSREQUEST']._serialized_start=504
+  _globals['_PUSHWEIGHTSREQUEST']._serialized_end=641
+  _globals['_PUSHEDWEIGHTS']._serialized_start=643
+  _globals['_PUSHEDWEIGHTS']._serialized_end=747
+  _globals['_PUSHWEIGHTSRESPONSE']._serialized_start=749
+  _globals['_PUSHWEIGHTSRESPONSE']._serialized_end=843
+  _globals['_GETWEIGHTSREQUEST']._serialized_start=845
+  _globals['_GETWEIGHTSREQUEST']._serialized_end=864
+  _globals['_KEPTWEIGHTS']._serialized_start=867
+  _globals['_KEPTWEIGHTS']._serialized_end=1066
+  _globals['_GETWEIGHTSRESPONSE']._serialized_start=1069
+  _globals['_GETWEIGHTSRESPONSE']._serialized_end=1264
+  _globals['_ROLLBACKWEIGHTSREQUEST']._serialized_start=1266
+  _globals['_ROLLBACKWEIGHTSREQUEST']._serialized_end=1330
+  _globals['_ROLLBACKWEIGHTSRESPONSE']._serialized_start=1332
+  _globals['_ROLLBACKWEIGHTSRESPONSE']._serialized_end=1433
+  _globals['_ABORTPUSHESREQUEST']._serialized_start=1435
+  _globals['_ABORTPUSHESREQUEST']._serialized_end=1489
+  _globals['_ABORTPUSHESRESPONSE']._serialized_start=1491
+  _globals['_ABORTPUSHESRESPONSE']._serialized_end=1530
+  _globals['_WEIGHTSSERVICE']._serialized_start=1765
+  _globals['_WEIGHTSSERVICE']._serialized_end=2106
 # @@protoc_insertion_point(module_scope)

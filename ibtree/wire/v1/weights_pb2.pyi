@@ -141,6 +141,8 @@ class WeightManifest(_message.Message):
     BASE_VERSION_FIELD_NUMBER: _builtins.int
     BASE_DIGEST_FIELD_NUMBER: _builtins.int
     CANARY_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    TAKE_OVER_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Greater than the served version."""
     model_id: _builtins.str
@@ -151,6 +153,10 @@ class WeightManifest(_message.Message):
     """Version that the file builds on: a delta (ibtree/weights/delta.py). Absent: the file is whole."""
     base_digest: _builtins.bytes
     """Digest of that version (GetWeightsResponse.digest). Empty: the file is whole."""
+    run_id: _builtins.str
+    """Run that publishes it: one at a time. Empty: pushed by hand, which is taken at any time."""
+    take_over: _builtins.bool
+    """Take it although another run published the served version."""
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
         """Every tensor of the model, whether the file holds it or not."""
@@ -169,10 +175,12 @@ class WeightManifest(_message.Message):
         base_version: _builtins.int | None = ...,
         base_digest: _builtins.bytes = ...,
         canary: Global___Canary | None = ...,
+        run_id: _builtins.str = ...,
+        take_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_canary", b"_canary", "base_version", b"base_version", "canary", b"canary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_canary", b"_canary", "base_digest", b"base_digest", "base_version", b"base_version", "canary", b"canary", "file_bytes", b"file_bytes", "model_id", b"model_id", "tensors", b"tensors", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_canary", b"_canary", "base_digest", b"base_digest", "base_version", b"base_version", "canary", b"canary", "file_bytes", b"file_bytes", "model_id", b"model_id", "run_id", b"run_id", "take_over", b"take_over", "tensors", b"tensors", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_version: _TypeAlias = _typing.Literal["base_version"]  # noqa: Y015
     _WhichOneofArgType__base_version: _TypeAlias = _typing.Literal["_base_version", b"_base_version"]  # noqa: Y015
@@ -338,6 +346,7 @@ class KeptWeights(_message.Message):
     BASE_VERSION_FIELD_NUMBER: _builtins.int
     SERVED_AT_S_FIELD_NUMBER: _builtins.int
     RESTORED_VERSION_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Its number."""
     digest: _builtins.bytes
@@ -350,6 +359,8 @@ class KeptWeights(_message.Message):
     """When it began to serve. [Unix seconds]"""
     restored_version: _builtins.int
     """Kept version whose tensors these are, by a rollback. Absent: it was pushed."""
+    run_id: _builtins.str
+    """Run that published it. Empty: it was pushed by hand."""
     def __init__(
         self,
         *,
@@ -359,10 +370,11 @@ class KeptWeights(_message.Message):
         base_version: _builtins.int | None = ...,
         served_at_s: _builtins.float = ...,
         restored_version: _builtins.int | None = ...,
+        run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_restored_version", b"_restored_version", "base_version", b"base_version", "restored_version", b"restored_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_restored_version", b"_restored_version", "base_version", b"base_version", "digest", b"digest", "file_bytes", b"file_bytes", "restored_version", b"restored_version", "served_at_s", b"served_at_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_version", b"_base_version", "_restored_version", b"_restored_version", "base_version", b"base_version", "digest", b"digest", "file_bytes", b"file_bytes", "restored_version", b"restored_version", "run_id", b"run_id", "served_at_s", b"served_at_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_version: _TypeAlias = _typing.Literal["base_version"]  # noqa: Y015
     _WhichOneofArgType__base_version: _TypeAlias = _typing.Literal["_base_version", b"_base_version"]  # noqa: Y015
@@ -480,3 +492,47 @@ class RollbackWeightsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RollbackWeightsResponse: _TypeAlias = RollbackWeightsResponse  # noqa: Y015
+
+@_typing.final
+class AbortPushesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Only pushes of this version. Absent: all."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___AbortPushesRequest: _TypeAlias = AbortPushesRequest  # noqa: Y015
+
+@_typing.final
+class AbortPushesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Versions whose pushes were ended, oldest push first."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AbortPushesResponse: _TypeAlias = AbortPushesResponse  # noqa: Y015

@@ -51,6 +51,11 @@ class WeightsServiceStub(object):
                 request_serializer=ibtree_dot_v1_dot_weights__pb2.RollbackWeightsRequest.SerializeToString,
                 response_deserializer=ibtree_dot_v1_dot_weights__pb2.RollbackWeightsResponse.FromString,
                 _registered_method=True)
+        self.AbortPushes = channel.unary_unary(
+                '/ibtree.v1.WeightsService/AbortPushes',
+                request_serializer=ibtree_dot_v1_dot_weights__pb2.AbortPushesRequest.SerializeToString,
+                response_deserializer=ibtree_dot_v1_dot_weights__pb2.AbortPushesResponse.FromString,
+                _registered_method=True)
 
 
 class WeightsServiceServicer(object):
@@ -63,11 +68,13 @@ class WeightsServiceServicer(object):
         in the shared folder, the server answers from which byte on it wants it (0, or more after a
         stream that broke off) and the caller sends the chunks from there, in order. The server's
         last answer comes when the version serves. The served version and digest again: a no-op.
-        FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
-        version, a tensor that the model lacks or that has another shape or dtype, a canary that does
-        not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
-        broke, or the engine did not take the version; push it again. RESOURCE_EXHAUSTED: the server's
-        disk is full; nothing was taken.
+        FAILED_PRECONDITION: another model, a version that is not newer, another run than the one that
+        published the served version, another base than it, a tensor that the model lacks or that has
+        another shape or dtype, a canary that does not match. INVALID_ARGUMENT: a version too far above
+        the served one, bytes that do not match the manifest. UNAVAILABLE: the stream broke or stalled,
+        or the engine did not take the version; push it again. ABORTED: a newer push, a rollback or
+        AbortPushes ended this one while its bytes came. RESOURCE_EXHAUSTED: the server's disk is full,
+        or too many pushes are on their way; nothing was taken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,7 +89,14 @@ class WeightsServiceServicer(object):
 
     def RollbackWeights(self, request, context):
         """Serves the tensors of a kept version again, under a new version number: the served one + 1.
-        FAILED_PRECONDITION: it is not kept.
+        Ends pushes whose bytes are still coming. FAILED_PRECONDITION: it is not kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortPushes(self, request, context):
+        """Ends pushes whose bytes are still coming; the served version stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,6 +119,11 @@ def add_WeightsServiceServicer_to_server(servicer, server):
                     servicer.RollbackWeights,
                     request_deserializer=ibtree_dot_v1_dot_weights__pb2.RollbackWeightsRequest.FromString,
                     response_serializer=ibtree_dot_v1_dot_weights__pb2.RollbackWeightsResponse.SerializeToString,
+            ),
+            'AbortPushes': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortPushes,
+                    request_deserializer=ibtree_dot_v1_dot_weights__pb2.AbortPushesRequest.FromString,
+                    response_serializer=ibtree_dot_v1_dot_weights__pb2.AbortPushesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -190,6 +209,33 @@ class WeightsService(object):
             '/ibtree.v1.WeightsService/RollbackWeights',
             ibtree_dot_v1_dot_weights__pb2.RollbackWeightsRequest.SerializeToString,
             ibtree_dot_v1_dot_weights__pb2.RollbackWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortPushes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ibtree.v1.WeightsService/AbortPushes',
+            ibtree_dot_v1_dot_weights__pb2.AbortPushesRequest.SerializeToString,
+            ibtree_dot_v1_dot_weights__pb2.AbortPushesResponse.FromString,
             options,
             channel_credentials,
             insecure,

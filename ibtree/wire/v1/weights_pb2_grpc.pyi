@@ -40,18 +40,22 @@ class WeightsServiceStub:
     in the shared folder, the server answers from which byte on it wants it (0, or more after a
     stream that broke off) and the caller sends the chunks from there, in order. The server's
     last answer comes when the version serves. The served version and digest again: a no-op.
-    FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
-    version, a tensor that the model lacks or that has another shape or dtype, a canary that does
-    not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
-    broke, or the engine did not take the version; push it again. RESOURCE_EXHAUSTED: the server's
-    disk is full; nothing was taken.
+    FAILED_PRECONDITION: another model, a version that is not newer, another run than the one that
+    published the served version, another base than it, a tensor that the model lacks or that has
+    another shape or dtype, a canary that does not match. INVALID_ARGUMENT: a version too far above
+    the served one, bytes that do not match the manifest. UNAVAILABLE: the stream broke or stalled,
+    or the engine did not take the version; push it again. ABORTED: a newer push, a rollback or
+    AbortPushes ended this one while its bytes came. RESOURCE_EXHAUSTED: the server's disk is full,
+    or too many pushes are on their way; nothing was taken.
     """
     GetWeights: _grpc.UnaryUnaryMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]
     """What is served and what is kept, and how the last push fared."""
     RollbackWeights: _grpc.UnaryUnaryMultiCallable[_weights_pb2.RollbackWeightsRequest, _weights_pb2.RollbackWeightsResponse]
     """Serves the tensors of a kept version again, under a new version number: the served one + 1.
-    FAILED_PRECONDITION: it is not kept.
+    Ends pushes whose bytes are still coming. FAILED_PRECONDITION: it is not kept.
     """
+    AbortPushes: _grpc.UnaryUnaryMultiCallable[_weights_pb2.AbortPushesRequest, _weights_pb2.AbortPushesResponse]
+    """Ends pushes whose bytes are still coming; the served version stays."""
 
 @_typing.type_check_only
 class WeightsServiceAsyncStub(WeightsServiceStub):
@@ -65,18 +69,22 @@ class WeightsServiceAsyncStub(WeightsServiceStub):
     in the shared folder, the server answers from which byte on it wants it (0, or more after a
     stream that broke off) and the caller sends the chunks from there, in order. The server's
     last answer comes when the version serves. The served version and digest again: a no-op.
-    FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
-    version, a tensor that the model lacks or that has another shape or dtype, a canary that does
-    not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
-    broke, or the engine did not take the version; push it again. RESOURCE_EXHAUSTED: the server's
-    disk is full; nothing was taken.
+    FAILED_PRECONDITION: another model, a version that is not newer, another run than the one that
+    published the served version, another base than it, a tensor that the model lacks or that has
+    another shape or dtype, a canary that does not match. INVALID_ARGUMENT: a version too far above
+    the served one, bytes that do not match the manifest. UNAVAILABLE: the stream broke or stalled,
+    or the engine did not take the version; push it again. ABORTED: a newer push, a rollback or
+    AbortPushes ended this one while its bytes came. RESOURCE_EXHAUSTED: the server's disk is full,
+    or too many pushes are on their way; nothing was taken.
     """
     GetWeights: _aio.UnaryUnaryMultiCallable[_weights_pb2.GetWeightsRequest, _weights_pb2.GetWeightsResponse]  # type: ignore[assignment]
     """What is served and what is kept, and how the last push fared."""
     RollbackWeights: _aio.UnaryUnaryMultiCallable[_weights_pb2.RollbackWeightsRequest, _weights_pb2.RollbackWeightsResponse]  # type: ignore[assignment]
     """Serves the tensors of a kept version again, under a new version number: the served one + 1.
-    FAILED_PRECONDITION: it is not kept.
+    Ends pushes whose bytes are still coming. FAILED_PRECONDITION: it is not kept.
     """
+    AbortPushes: _aio.UnaryUnaryMultiCallable[_weights_pb2.AbortPushesRequest, _weights_pb2.AbortPushesResponse]  # type: ignore[assignment]
+    """Ends pushes whose bytes are still coming; the served version stays."""
 
 class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Takes weight versions. A version's life: announced, received, verified, staged, applied,
@@ -93,11 +101,13 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         in the shared folder, the server answers from which byte on it wants it (0, or more after a
         stream that broke off) and the caller sends the chunks from there, in order. The server's
         last answer comes when the version serves. The served version and digest again: a no-op.
-        FAILED_PRECONDITION: another model, a version that is not newer, another base than the served
-        version, a tensor that the model lacks or that has another shape or dtype, a canary that does
-        not match. INVALID_ARGUMENT: bytes that do not match the manifest. UNAVAILABLE: the stream
-        broke, or the engine did not take the version; push it again. RESOURCE_EXHAUSTED: the server's
-        disk is full; nothing was taken.
+        FAILED_PRECONDITION: another model, a version that is not newer, another run than the one that
+        published the served version, another base than it, a tensor that the model lacks or that has
+        another shape or dtype, a canary that does not match. INVALID_ARGUMENT: a version too far above
+        the served one, bytes that do not match the manifest. UNAVAILABLE: the stream broke or stalled,
+        or the engine did not take the version; push it again. ABORTED: a newer push, a rollback or
+        AbortPushes ended this one while its bytes came. RESOURCE_EXHAUSTED: the server's disk is full,
+        or too many pushes are on their way; nothing was taken.
         """
 
     @_abc_1.abstractmethod
@@ -115,7 +125,15 @@ class WeightsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.RollbackWeightsResponse, _abc.Awaitable[_weights_pb2.RollbackWeightsResponse]]:
         """Serves the tensors of a kept version again, under a new version number: the served one + 1.
-        FAILED_PRECONDITION: it is not kept.
+        Ends pushes whose bytes are still coming. FAILED_PRECONDITION: it is not kept.
         """
+
+    @_abc_1.abstractmethod
+    def AbortPushes(
+        self,
+        request: _weights_pb2.AbortPushesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.AbortPushesResponse, _abc.Awaitable[_weights_pb2.AbortPushesResponse]]:
+        """Ends pushes whose bytes are still coming; the served version stays."""
 
 def add_WeightsServiceServicer_to_server(servicer: WeightsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -17,7 +17,7 @@ from ibtree.errors import FieldError, PreconditionError
 from learner.config import LearnerConfig
 from learner.errors import WriteError
 from learner.io.checkpoint import Checkpoints, TrainState
-from learner.run import resume
+from learner.run import run_id_of
 from learner.train.trainer import Trainer
 from tests.learner.tiny import CPU, causal_lm, config, mixed_batch
 
@@ -123,7 +123,8 @@ def test_a_run_that_must_not_resume_refuses_a_used_folder(tmp_path):
         "prog", ["--model=m", "--prompts=p", "--resume=never", f"--out-dir={tmp_path}"]
     )
     with pytest.raises(FieldError, match="out_dir"):
-        resume(Checkpoints(tmp_path / "checkpoints", 2), trainer, config)
+        run_id_of(Checkpoints(tmp_path / "checkpoints", 2), config)
+    assert not (tmp_path / "run.json").exists(), "the other run's name would be lost"
 
 
 @pytest.mark.parametrize("when", ["weights", "state", "rename"])

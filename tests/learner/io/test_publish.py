@@ -15,7 +15,7 @@ from ibtree.errors import PreconditionError
 from learner.io.checkpoint import TrainState
 from learner.io.publish import Publisher
 from learner.train.model import load_policy
-from tests.learner.recorded import RecordedServer, write_model
+from tests.learner.recorded import RUN_ID, Learner, RecordedServer, record, write_model
 from tests.learner.tiny import CPU, causal_lm
 
 
@@ -244,3 +244,44 @@ def test_files_left_in_a_shared_folder(tmp_path, model):
         publisher.updater = site.updater
         published(publisher, model, 1, 2)
         assert bases(publisher) == [None, 1] and not list(shared.iterdir())
+
+
+def of_run(publisher: Publisher, run_id: str, **options: bool) -> Publisher:
+    """The publisher of another run on the same server."""
+    folder = publisher.staged.parent.with_name(run_id)
+    model = publisher.site._model_dir
+    other = Publisher(publisher._client, model, folder, 20, run_id=run_id, **options)
+    other.updater = publisher.updater
+    return other
+
+
+def test_one_run_publishes_at_a_time(publisher, model):
+    """Another one is told whose weights are served; if it takes over, the first one is told."""
+    first = of_run(publisher, "first")
+    published(first, model, 1, 2)
+    state = TrainState()
+    with pytest.raises(RpcFailed, match="run first published version 2"):
+        of_run(publisher, "second").align(policy(model, 0), state)
+    assert pushed(publisher) == [1, 2]
+    second, state = of_run(publisher, "second", take_over=True), TrainState()
+    second.align(policy(model, 0), state)
+    assert state.version == 3 and pushed(publisher) == [1, 2, 3]
+    published(second, model, 4)
+    with pytest.raises(RpcFailed, match="run second published version 4"):
+        published(first, model, 5)
+    third = of_run(publisher, "third", take_over=True)
+    third.align(nudged(model, 4), TrainState())
+    published(third, model, 5)
+    with pytest.raises(RpcFailed, match="run third published version 5"):
+        published(second, model, 6)  # it took over once, not for ever
+
+
+def test_a_learner_names_its_run(tmp_path, model):
+    with RecordedServer(tmp_path / "server", model, record(model, 12, 4, seed=3)) as site:
+        options = ("--prompts-per-step=4", "--kl-weight=0", "--steps=1")
+        assert Learner(site, model, *options).run_here() == ""
+        assert site.updater.retained[-1].run_id == RUN_ID
+        other = Learner(site, model, *options, out_dir=tmp_path / "other")
+        (tmp_path / "other" / "run.json").write_text('{"run_id": "other"}')
+        said = other.run_here()
+        assert f"run {RUN_ID} published version 1" in said and "--take-over true" in said

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from ibtree.client import RpcFailed
+from server_ext.weights import inbox
 from server_ext.weights.inbox import Inbox
 from tests.server_ext.site import Site
 from tests.server_ext.versions import Served, delta_of, version_of
@@ -64,7 +65,7 @@ async def test_a_delta_leaves_a_large_spare_alone(served, spare):
 
 async def test_a_broken_push_goes_on_in_the_file_it_began(tmp_path):
     version = version_of(tmp_path, 1)
-    inbox, asked = Inbox(tmp_path / "part", tmp_path / "spare"), []
+    box, asked = Inbox(tmp_path, tmp_path / "spare", 60.0), []
     (tmp_path / "spare").write_bytes(b"x" * version.manifest.file_bytes)
 
     async def broken(start: int):
@@ -77,25 +78,26 @@ async def test_a_broken_push_goes_on_in_the_file_it_began(tmp_path):
         yield version.path.read_bytes()[start:]
 
     with pytest.raises(ConnectionError):
-        await inbox.receive(version.manifest, broken)
-    await inbox.receive(version.manifest, rest)
+        await box.receive(version.manifest, broken)
+    path = await box.receive(version.manifest, rest)
     assert asked == [0, 100]
-    assert (tmp_path / "part").read_bytes() == version.path.read_bytes()
+    assert path.read_bytes() == version.path.read_bytes()
 
 
 async def test_a_file_that_vanished_is_begun_anew(tmp_path):
     version = version_of(tmp_path, 1)
-    inbox = Inbox(tmp_path / "part", tmp_path / "spare")
+    box = Inbox(tmp_path, tmp_path / "spare", 60.0)
 
     async def broken(start: int):
         yield version.path.read_bytes()[:100]
         raise ConnectionError
 
     with pytest.raises(ConnectionError):
-        await inbox.receive(version.manifest, broken)
-    (tmp_path / "part").unlink()
-    await inbox.receive(version.manifest, version.source())
-    assert (tmp_path / "part").read_bytes() == version.path.read_bytes()
+        await box.receive(version.manifest, broken)
+    (part,) = tmp_path.glob("*.part")
+    part.unlink()
+    path = await box.receive(version.manifest, version.source())
+    assert path.read_bytes() == version.path.read_bytes()
 
 
 def full_unless(free, monkeypatch) -> None:
@@ -122,10 +124,10 @@ async def test_a_disk_that_fills_up_on_the_way_leaves_no_file(served, monkeypatc
     """The disk is one where files that are written over take new blocks."""
     version = version_of(served.folder, 1)
     with monkeypatch.context() as patched:
-        patched.setattr(Inbox, "_allocate", lambda self, _: self._path.symlink_to("/dev/full"))
+        patched.setattr(inbox, "_allocate", lambda path, _: path.symlink_to("/dev/full"))
         with pytest.raises(OSError, match="No space left"):
             await served.updater.push(version.manifest, version.source())
-    assert served.files() == set()
+    assert served.files() == {"serving.json"}
     await served.updater.push(version.manifest, version.source())
     served.check(1)
 
@@ -138,7 +140,7 @@ async def test_a_full_disk_is_told_and_the_next_push_works(tmp_path, monkeypatch
             with pytest.raises(RpcFailed, match="disk is full") as failed:
                 await site.client.push_weights(version.manifest, version.path)
         assert failed.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert site.weights.files() == set()
+        assert site.weights.files() == {"serving.json"}
         site.weights.check(0)
         await site.client.push_weights(version.manifest, version.path)
         site.weights.check(1)

@@ -60,9 +60,11 @@ def test_a_push_in_progress_is_dropped_when_opened(store):
     assert files(reopened(store)) == {"3.safetensors", "serving.json"}
 
 
-def test_another_model_starts_anew(store):
+def test_another_model_is_refused_and_changes_nothing(store):
     put(store, 3)
-    assert reopened(store, "another").serving() == Serving()
+    with pytest.raises(FieldError, match=r"keeps weights of model .* --model is another"):
+        reopened(store, "another")
+    assert reopened(store).serving() == Serving(3, DIGEST)
 
 
 def test_some_versions_are_kept_and_older_ones_are_dropped(store):
@@ -163,7 +165,7 @@ class Fuse:
         return burn
 
 
-DISK_CALLS = 12  # two to begin, four to keep a version, four to serve it, two to tidy up
+DISK_CALLS = 13  # two to begin, four to keep a version, four to serve it, three to tidy up
 
 
 @pytest.mark.parametrize("at", range(DISK_CALLS + 1))

@@ -172,7 +172,7 @@ async def test_a_broken_stream_goes_on_where_it_stopped(large, tmp_path, monkeyp
     starts, receive = [], Inbox.receive
 
     async def noted(self, manifest, source):
-        await receive(self, manifest, lambda start: (starts.append(start), source(start))[1])
+        return await receive(self, manifest, lambda start: (starts.append(start), source(start))[1])
 
     monkeypatch.setattr(Inbox, "receive", noted)
     async with Site(tmp_path) as site, Proxy(site.target, [1_500_000, 900_000]) as proxy:

@@ -12,6 +12,7 @@ import torch
 from ibtree.errors import FieldError, PreconditionError
 from ibtree.messages import PushOutcome
 from ibtree.weights.manifest import TensorSpec
+from server_ext.errors import PushEndedError
 from server_ext.weights.store import Serving
 from server_ext.weights.updater import WeightState
 from tests.server_ext.versions import MODEL_ID, Served, Version, tensors, version_of
@@ -74,9 +75,17 @@ async def test_a_restart_without_a_push_loads_nothing(served):
     assert served.engine.updates == []
 
 
-async def test_another_model_does_not_take_over_the_versions(at_3):
-    await at_3.restart(model_id="x" * 64)
-    at_3.check(0)
+@pytest.mark.parametrize("pushed", [True, False])
+async def test_another_model_is_refused_at_the_start_and_takes_nothing(served, pushed):
+    """It would drop the first one's versions; whether there are any yet or not."""
+    if pushed:
+        await served.push(3)
+    files = served.files()
+    with pytest.raises(FieldError, match=r"keeps weights of model mmmmmm.*another folder") as error:
+        await served.restart(model_id="x" * 64)
+    assert error.value.field == "data_dir" and served.files() == files
+    await served.restart(model_id=MODEL_ID)
+    served.check(3 if pushed else 0)
 
 
 @pytest.mark.parametrize("size", [1, 7, 10**6])
@@ -193,11 +202,36 @@ async def test_an_absurd_size_is_refused_before_a_byte_is_taken(at_3, size):
     await refused(at_3, manifest, none_taken, FieldError, "manifest.file_bytes")
 
 
-async def test_a_version_that_trees_cannot_carry_is_refused(at_3):
-    """Readers take versions below 2^63, and once it serves no smaller one is taken."""
-    version = version_of(at_3.folder, 2**63)
-    error = (FieldError, PreconditionError)
-    await refused(at_3, version.manifest, version.source(), error, "version")
+@pytest.mark.parametrize("number", [4 + 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1])
+async def test_a_version_that_leaves_no_numbers_is_refused(at_3, number):
+    """Once it serves no smaller one is taken, and trees carry versions below 2^63."""
+    version = version_of(at_3.folder, number)
+    words = rf"manifest.version: got {number}; allowed: 4 to {3 + 2**32}"
+    await refused(at_3, version.manifest, version.source(), FieldError, words)
+    await at_3.push(3 + 2**32)
+    await at_3.push(4 + 2**32)
+    at_3.check(4 + 2**32)
+
+
+@pytest.mark.parametrize("last", [2**63 - 2, 2**63 - 1])
+async def test_the_end_of_the_numbers(served, last):
+    """A folder that a server without this bound left: what is served can be read, nothing is put
+    beyond it."""
+    await served.push(1)
+    await served.push(2)
+    first, second = served.store.retained
+    served.store.put_back((first, replace(second, version=last)))
+    await served.restart()
+    served.check(last, tensors(2))
+    if last == 2**63 - 2:
+        assert (await served.updater.rollback(1)).version == 2**63 - 1
+        served.check(2**63 - 1, tensors(1))
+    else:
+        with pytest.raises(PreconditionError, match="no number is left"):
+            await served.updater.rollback(1)
+        served.check(last, tensors(2))
+    with pytest.raises((FieldError, PreconditionError), match="version"):
+        await served.push(2**63)
 
 
 async def test_random_bit_flips_and_cuts_are_refused(at_3):
@@ -231,12 +265,14 @@ async def test_a_stream_that_breaks_off_is_rejected(at_3):
     at_3.check(4)
 
 
-async def test_pushes_queue_up(served):
+async def test_pushes_at_once(served):
+    """The newest serves; an older one did before it, or was ended by it."""
     versions = [version_of(served.folder, n) for n in (1, 2, 3)]
     pushes = [served.updater.push(v.manifest, v.source(7)) for v in versions]
-    outcomes = await asyncio.gather(*pushes)
-    assert [o.version for o in outcomes] == served.engine.updates == [1, 2, 3]
-    assert [o.state for o in outcomes] == ["serving"] * 3
+    outcomes = await asyncio.gather(*pushes, return_exceptions=True)
+    taken = [o.version for o in outcomes if isinstance(o, PushOutcome)]
+    assert all(isinstance(o, PushOutcome | PushEndedError) for o in outcomes)
+    assert served.engine.updates == taken and taken[-1] == 3
     served.check(3)
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from ibtree.errors import FieldError
-from server_ext.errors import DrainTimeout, EngineError, MixedWeightsError
+from server_ext.errors import DrainTimeout, EngineError, MixedWeightsError, RestartNeededError
 from server_ext.weights.host_copy import HostCopy
 from server_ext.weights.store import Serving
 from server_ext.weights.updater import WeightState
@@ -83,25 +83,20 @@ async def test_failing_again_sets_broken_and_a_restart_heals(at_3):
     at_3.check(3)
 
 
-async def test_an_engine_that_hangs_with_a_rejected_version_ends_the_process(at_3, monkeypatch):
-    monkeypatch.setattr("server_ext.weights.updater._PUT_BACK_S", 0.05)
-    load = at_3.engine.load
-
-    async def hangs_after_the_first(content, version) -> None:
-        if version == 3:
-            await asyncio.Event().wait()
-        await load(content, version)
-
-    at_3.engine.load = hangs_after_the_first
-    at_3.engine.faults.append(EngineError("half-way"))
-    with pytest.raises(MixedWeightsError):
+async def test_an_engine_that_does_not_answer_ends_the_process(at_3, monkeypatch):
+    monkeypatch.setattr("server_ext.engine.switch._ANSWER_S", 0.05)
+    at_3.engine.half_way.clear()
+    with pytest.raises(RestartNeededError, match="did not take weights within"):
         await at_3.push(4)
     assert at_3.updater.broken.is_set()
+    assert at_3.updater.state is WeightState.REJECTED
+    await at_3.restart()
+    at_3.check(3)
 
 
 async def test_a_drain_timeout_keeps_the_old_version(at_3):
-    at_3.engine._drain_timeout_s = 0.02
-    async with at_3.engine._gate.rollout():
+    at_3.engine.switch.drain_timeout_s = 0.02
+    async with at_3.engine.switch.gate.rollout():
         with pytest.raises(DrainTimeout):
             await at_3.push(4)
         at_3.check(3)
@@ -133,7 +128,7 @@ async def test_a_caller_cancelled_while_sending_changes_nothing(at_3):
 
 @pytest.mark.parametrize("call", ["verify", "keep"])
 async def test_the_next_push_waits_for_the_threads_of_a_cancelled_one(at_3, call, monkeypatch):
-    """They still read, or rename, the staged file that the next push begins to write."""
+    """They still read, or rename, the staged file that the next push is to become."""
     running, go_on = threading.Event(), threading.Event()
     owner, name = (at_3.updater._host, "receive") if call == "verify" else (at_3.store, "keep")
     work = getattr(owner, name)
@@ -151,13 +146,14 @@ async def test_the_next_push_waits_for_the_threads_of_a_cancelled_one(at_3, call
     monkeypatch.setattr(owner, name, work)
     states = watched(at_3)
     following = pushing(at_3, 5)
+    await until(lambda: "received" in states)
     await asyncio.sleep(0.05)
     early = list(states)
     go_on.set()
     with suppress(asyncio.CancelledError):
         await task
     outcome = await asyncio.gather(following, return_exceptions=True)
-    assert "received" not in early, f"the next push went on while {call} of the last one ran"
+    assert "verified" not in early, f"the next push went on while {call} of the last one ran"
     assert not isinstance(outcome[0], BaseException)
     at_3.check(5)
 
@@ -173,15 +169,16 @@ async def test_a_caller_cancelled_while_applying_leaves_a_whole_version(at_3, ca
     for _ in range(cancels):
         task.cancel()
         await asyncio.sleep(0.02)
+    await until(lambda: "received" in states)
     early = list(states)
     at_3.engine.half_way.set()
     with pytest.raises(asyncio.CancelledError):
         await task
     outcome = await asyncio.gather(following, return_exceptions=True)
-    assert not early, "the next push began while the one before was being applied"
+    assert "verified" not in early, "the next push went on while the one before was being applied"
     assert not isinstance(outcome[0], BaseException)
     assert at_3.engine.updates == [3, 4, 5]
-    assert states == ["applied", "serving", *LIFE]
+    assert states == ["announced", "received", "applied", "serving", *LIFE[2:]]
     at_3.check(5)
 
 
