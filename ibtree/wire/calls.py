@@ -216,7 +216,7 @@ def pause_queue(reason: str) -> Call[int]:
 
 
 def resume_queue() -> Call[tuple[str, ...]]:
-    return Call(RESUME_QUEUE, queue_pb2.ResumeQueueRequest(), lambda m: tuple(m.held))
+    return Call(RESUME_QUEUE, queue_pb2.ResumeQueueRequest(), lambda m: tuple(m.holds))
 
 
 def drain_queue(reason: str, wait_s: float) -> Call[int]:

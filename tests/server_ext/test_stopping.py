@@ -166,7 +166,7 @@ async def test_a_tree_that_is_being_stored_is_not_thrown_away(site, monkeypatch)
 
     monkeypatch.setattr(site.forest, "off_loop", slowly)
     site.engine.more.set()
-    await until(lambda: any(growth.grown for growth in site.producer._growing.values()))
+    await until(lambda: any(growth.grown for growth in site.producer._growths.values()))
     stop = asyncio.create_task(stopped(site))
     await asyncio.sleep(0.05)
     held.set()

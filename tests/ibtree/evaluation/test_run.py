@@ -222,7 +222,7 @@ async def test_weights_that_change_meanwhile_are_told(site, tmp_path):
         evaluated(site, resume=path, progress=lambda now, _: done.append(now), expected=lines)
     )
     await until(lambda: done and done[-1] == 20)
-    site.engine.updates.append(3)
+    site.engine._took("3.1")
     go_on.set()
     assert (await evaluation).problems == 40
     assert len(path.read_text().splitlines()) == 20, "those of the weights it began with"

@@ -32,14 +32,14 @@ async def test_a_pause_lets_what_grows_go_on_and_begins_nothing(site):
     assert lease.tree.tree_id == "a"
     await asyncio.sleep(0.1)
     stats = await site.client.queue_stats()
-    assert (stats.queued, stats.growing, stats.held) == (1, 0, ("operator: new grader",))
+    assert (stats.queued, stats.growing, stats.holds) == (1, 0, ("operator: new grader",))
     # whoever waits for an answer is served
     tree = await site.client.sample_tree(prompt("Q?"), timeout_s=20)
     assert tree.trajectories == DEFAULTS.trajectories
     assert await site.client.resume_queue() == ()
     (lease,) = await site.client.lease_trees(2, wait_s=10)
     assert lease.tree.tree_id == "b"
-    assert (await site.client.queue_stats()).held == ()
+    assert (await site.client.queue_stats()).holds == ()
 
 
 async def test_a_drain_waits_for_what_grows(site):
@@ -53,7 +53,7 @@ async def test_a_drain_waits_for_what_grows(site):
     site.engine.go_on.set()
     assert await drained == 0
     stats = await site.client.queue_stats()
-    assert (stats.graded, stats.held) == (2, ("operator: update",))
+    assert (stats.graded, stats.holds) == (2, ("operator: update",))
 
 
 async def test_who_else_holds_it_is_said(site):
@@ -74,7 +74,7 @@ async def test_bad_input_is_refused_and_holds_nothing(site, arguments, field):
         await site.raw_queue.DrainQueue(request, timeout=20)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert caught.value.details().startswith(f"{field}: ")
-    assert (await site.client.queue_stats()).held == ()
+    assert (await site.client.queue_stats()).holds == ()
 
 
 async def test_by_the_command_line(site):
@@ -82,9 +82,9 @@ async def test_by_the_command_line(site):
     code, out, _ = await ibtpo("queue", "pause", "--reason", "bell \x07", *target)
     assert code == 0 and "operator: bell \\x07" in out
     code, out, _ = await ibtpo("queue", "drain", "--wait-s=0.1", "--json", *target)
-    assert code == 0 and json.loads(out)["held"] == ["operator: drained"]
+    assert code == 0 and json.loads(out)["holds"] == ["operator: drained"]
     code, out, _ = await ibtpo("queue", "resume", *target)
-    assert code == 0 and "held" not in out
+    assert code == 0 and "nothing" in out
     for words in (["status", "--reason=x"], ["pause", "--wait-s=1"], ["resume", "--wait-s=1"]):
         code, _, err = await ibtpo("queue", *words, *target)
         assert code == 1 and "allowed: ibtpo queue" in err
@@ -95,7 +95,7 @@ async def test_by_the_blocking_client(site):
         with Client(site.target, timeout_s=20) as client:
             assert client.pause_queue("x") == 0
             assert client.drain_queue("y", wait_s=1) == 0
-            assert client.queue_stats().held == ("operator: y",)
+            assert client.queue_stats().holds == ("operator: y",)
             assert client.resume_queue() == ()
 
     await asyncio.to_thread(calls)

@@ -27,7 +27,7 @@ def large() -> bytes:
     tree = Tree(prompt=(1, 2), tree_id="run/large")
     for branch in range(4):
         ids = tuple((branch * 7 + n) % 250 for n in range(TOKENS // 4))
-        step = Step(ids, tuple(-n % 7 / 8 for n in range(len(ids))), (3,) * len(ids))
+        step = Step(ids, tuple(-(n % 7) / 8 for n in range(len(ids))), (3,) * len(ids))
         tree.insert(0, [step], branch / 4, Finish.STOP)
     return tree_to_bytes(tree)
 

@@ -154,7 +154,7 @@ async def test_more_calls_than_there_may_be_are_refused(tmp_path):
         site.engine.go_on.clear()
         begun = [asyncio.create_task(site.client.sample_tree(prompt())) for _ in range(5)]
         await until(lambda: site.sampling.interactive == 5)
-        stats = calls.queue_stats()
+        stats = calls.queue_stats(None)
         await ended(stats.method.on(site.channel.unary_unary)(stats.request, timeout=5), FULL)
         site.engine.go_on.set()
         await asyncio.gather(*begun)
