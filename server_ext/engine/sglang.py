@@ -78,7 +78,7 @@ class SglangEngine:
         self._answered = 0
         """Requests that SGLang has answered, ever."""
         self.pulse = Pulse(
-            self._progress, self.trees.state, lambda: not self._switch.gate.is_open, self._one_token
+            self._progress, self._passes, lambda: not self._switch.gate.is_open, self._one_token
         )
 
     def _tree_cache(self, ranks: int) -> TreeCache:
@@ -184,6 +184,9 @@ class SglangEngine:
         """Answers and tokens so far, as far as SGLang has said; None while it has no request."""
         states = list(self._engine.tokenizer_manager.rid_to_state.values())
         return self._answered + sum(len(state.output_ids) for state in states) if states else None
+
+    async def _passes(self) -> int:
+        return (await self.trees.state()).prefill_passes
 
     async def _one_token(self) -> None:
         await self._ask(f"pulse-{uuid.uuid4().hex}", "", [0], _SCORING)

@@ -63,6 +63,8 @@ def test_a_tokenizer_that_cannot_make_the_separator(tmp_path: Path) -> None:
         ("--strategy=guess", "options.strategy: unknown strategy 'guess'"),
         ("--grader=oracle", "grader: unknown grader 'oracle'"),
         ("--rounds=0", "rounds: got 0"),
+        ("--limit-new-tokens=511", "--limit-new-tokens: got 511; allowed: at most 510"),
+        ("--limit-trajectories=2", "trajectories; allowed: at most 2"),
         ("--temperature=nan", "temperature"),
         ("--value-estimator=median", "value-estimator: unknown value 'median'"),
         ("--colour=red", "colour"),
@@ -73,6 +75,18 @@ def test_bad_settings(tmp_path: Path, argument: str, says: str) -> None:
     done = subprocess.run(line, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode in (1, 2) and says in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_bad_settings_end_the_supervisor_too(tmp_path: Path) -> None:
+    line = server_command(tmp_path / "data", "--supervise", "--strategy=guess")
+    done = subprocess.run(line, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 1 and "started again" not in done.stderr
+    assert "unknown strategy 'guess'" in done.stderr.splitlines()[-1]
+
+
+def test_log_probabilities_at_temperature_1(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
+    assert "allowed: unset SGLANG_RETURN_ORIGINAL_LOGPROB" in server_says(tmp_path)
 
 
 def test_a_data_folder_in_use(server: Server) -> None:

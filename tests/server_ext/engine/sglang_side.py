@@ -134,7 +134,8 @@ class SglangServed(Served):
         self.model = ToyModel(tensors)
         self.manager = manager = TokenizerManager(self.model)
         sglang = SimpleNamespace(tokenizer_manager=manager, shutdown=lambda: None)
-        arguments = SimpleNamespace(dp_size=1, tp_size=1, enable_deterministic_inference=False)
+        values = {"dp_size": 1, "tp_size": 1, "enable_deterministic_inference": False}
+        arguments = SimpleNamespace(resolved_dict=lambda: values)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr("sglang.Engine", lambda server_args: sglang)
             patched.setattr("server_ext.engine.sglang.server_arguments", lambda *_: arguments)

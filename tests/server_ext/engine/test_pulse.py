@@ -15,13 +15,15 @@ class Engine:
 
     def __init__(self) -> None:
         self.progress: int | None = None
-        self.held, self.tokens = False, 0
+        self.held, self.tokens, self.prefills = False, 0, 0
         self.answers, self.generates = asyncio.Event(), asyncio.Event()
         self.answers.set()
         self.generates.set()
-        self.pulse = Pulse(
-            lambda: self.progress, self.answers.wait, lambda: self.held, self._one_token
-        )
+        self.pulse = Pulse(lambda: self.progress, self._passes, lambda: self.held, self._one_token)
+
+    async def _passes(self) -> int:
+        await self.answers.wait()
+        return self.prefills
 
     async def _one_token(self) -> None:
         await self.generates.wait()
@@ -56,6 +58,12 @@ async def test_requests_that_get_nowhere(engine):
     engine.progress = 7
     assert not await engine.moves() and engine.tokens == 0
     asyncio.get_running_loop().call_later(0.05, setattr, engine, "progress", 8)
+    assert await engine.moves() and engine.tokens == 0
+
+
+async def test_a_long_prompt_moves_before_its_first_token(engine):
+    engine.progress = 7
+    asyncio.get_running_loop().call_later(0.05, setattr, engine, "prefills", 1)
     assert await engine.moves() and engine.tokens == 0
 
 
