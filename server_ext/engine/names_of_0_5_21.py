@@ -49,6 +49,9 @@ CALLED = {
         "ContinueGenerationReqInput": "(*, rid=, http_worker_ipc=, torch_empty_cache=)",
         "BeginWeightUpdateReqInput": "(*, rid=, http_worker_ipc=, selector=)",
         "EndWeightUpdateReqInput": "(*, rid=, http_worker_ipc=)",
+        "BeginWeightUpdateReqOutput": "(*, rid=, http_worker_ipc=, success, message)",
+        "UpdateWeightsFromTensorReqOutput": "(*, rid=, http_worker_ipc=, success, message)",
+        "EndWeightUpdateReqOutput": "(*, rid=, http_worker_ipc=, success, message)",
         "UpdateWeightsFromTensorReqInput": (
             "(*, rid=, http_worker_ipc=, serialized_named_tensors, load_format=, flush_cache=, "
             "abort_all_requests=, weight_version=, selector=, torch_empty_cache=)"
@@ -68,6 +71,18 @@ CALLED = {
         "record_weight_version_change": "(self, new_version)",
         "get_next_batch_to_run": "(self, running_batch, last_batch)",
         "update_running_batch": "(self, batch)",
+    },
+    "srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": {
+        "begin_weight_update": "(self, recv_req)",
+        "update_weights_from_tensor": "(self, recv_req)",
+        "end_weight_update": "(self, recv_req)",
+    },
+    "srt.model_executor.model_runner_components.weight_updater": {
+        "_unwrap_tensor": "(tensor, tp_rank, device)",
+        "LocalSerializedTensor": "(values)",
+    },
+    "srt.model_executor.model_runner_components.weight_updater.LocalSerializedTensor": {
+        "get": "(self, rank)",
     },
     "srt.managers.schedule_batch.ScheduleBatch": {
         "is_empty": "(self)",
@@ -195,7 +210,7 @@ CALLED = {
 HELD = {
     "": "__version__",
     "srt.managers.io_struct": "_USE_PICKLE_IPC",
-    "srt.plugins.hook_registry.HookRegistry": "_patched",
+    "srt.plugins.hook_registry.HookRegistry": "_hooks _patched",
     "srt.plugins.hook_registry.HookType": "BEFORE AFTER AROUND REPLACE",
     "srt.managers.tokenizer_manager.TokenizerManager": (
         "_result_dispatcher model_config rid_to_state"
@@ -207,6 +222,9 @@ HELD = {
     "srt.managers.scheduler.Scheduler": (
         "_request_dispatcher batch_result_processor chunked_req enable_hisparse enable_overlap "
         "require_mlp_sync tree_cache"
+    ),
+    "srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": (
+        "_session tp_cpu_group"
     ),
     "srt.managers.schedule_batch.NextBatchPlan": "batch_to_run running_batch",
     "srt.managers.schedule_batch.ScheduleBatch": (

@@ -44,6 +44,7 @@ def test_where_the_backend_does_not_work_the_start_fails(monkeypatch, fact, says
 
     took = {f"{plugin._SCHEDULER}.{name}" for name in plugin._HOOKS}
     monkeypatch.setattr(HookRegistry, "_patched", took)
+    monkeypatch.setattr(HookRegistry, "_hooks", {})  # those of other rooms
     facts = dict.fromkeys(("disable_radix_cache", "is_hybrid_swa", "is_hybrid_ssm"), False)
     with pytest.raises(RuntimeError, match=says):
         plugin._create(SimpleNamespace(**facts | {fact: True}))

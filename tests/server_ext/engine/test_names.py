@@ -12,7 +12,7 @@ import pytest
 import tests.server_ext.cache.scheduler  # noqa: F401  prepares sglang for the CPU
 from server_ext.attention import registry
 from server_ext.cache import plugin
-from server_ext.engine import names
+from server_ext.engine import loading, names
 from server_ext.engine.names_of_0_5_21 import CALLED, HELD, SGLANG
 from server_ext.errors import OtherSglangError
 from tests import ROOT
@@ -168,6 +168,8 @@ def test_what_is_overridden_or_called_in_a_subclass_stands_in_it() -> None:
 def test_hooks_stand_in_it() -> None:
     assert {f"{plugin._SCHEDULER}.{method}" for method in plugin._HOOKS} <= PATHS
     assert set(registry._HOOKS) <= PATHS
+    assert {f"{loading._MANAGER}.{method}" for method in loading._ANSWERS} <= PATHS
+    assert loading._UNWRAP in PATHS
 
 
 def test_private_names_of_others_stand_in_it() -> None:
