@@ -85,7 +85,8 @@ class AsyncClient:
                 return decoded(call, self.target, response)
 
     def _attempts(self, timeout_s: float, wait: bool = False) -> Attempts:
-        return Attempts(timeout_s, self.patience_s, known=self._known or wait)
+        patience_s = None if wait else self.patience_s
+        return Attempts(timeout_s, patience_s, known=self._known or wait)
 
     def _failure(self, method: str, error: Any) -> RpcFailed:
         failed = failure(method, self.target, error)
@@ -167,8 +168,10 @@ class AsyncClient:
     async def ack_trees(self, lease_ids: Iterable[str], *, wait: bool = False) -> None:
         await self._unary(calls.ack_trees(lease_ids), wait=wait)
 
-    async def nack_trees(self, lease_ids: Iterable[str], reason: str = "") -> None:
-        await self._unary(calls.nack_trees(lease_ids, reason))
+    async def nack_trees(
+        self, lease_ids: Iterable[str], reason: str = "", *, timeout_s: float | None = None
+    ) -> None:
+        await self._unary(calls.nack_trees(lease_ids, reason), timeout_s)
 
     async def queue_stats(self) -> QueueStats:
         return await self._unary(calls.queue_stats())

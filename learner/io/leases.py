@@ -27,6 +27,9 @@ from learner.io.prompts import PromptStream
 
 _log = logging.getLogger(__name__)
 _POLL_S = 5.0
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_GIVE_BACK_S = 5.0
+"""Longest wait for a server to take a tree back: whoever stops the learner waits for it."""
 _MAX_TREES = 1024  # a LeaseTrees call gives no more
 
 
@@ -160,9 +163,11 @@ class TreeLeases:
         self._write_down()
 
     def give_back(self, reason: str) -> None:
-        """Nacks everything held."""
+        """Nacks everything held. If the server is away, the rest runs out by itself."""
         for lease_id in list(self._state.leases):
-            self._nack(lease_id, reason)
+            if self._nack(lease_id, reason, _GIVE_BACK_S) in _AWAY:
+                break
+        self._state.leases.clear()
         self._ready.clear()
         try:
             self._write_down()
@@ -198,12 +203,17 @@ class TreeLeases:
         self.refused.add(lease.tree.tree_id)
         self._nack(lease.lease_id, problem)
 
-    def _nack(self, lease_id: str, reason: str) -> None:
+    def _nack(
+        self, lease_id: str, reason: str, timeout_s: float | None = None
+    ) -> grpc.StatusCode | None:
+        """The status if it failed; then the lease runs out by itself."""
+        del self._state.leases[lease_id]
         try:
-            self._client.nack_trees([lease_id], reason)
+            self._client.nack_trees([lease_id], reason, timeout_s=timeout_s)
         except RpcFailed as error:
             _log.info("not given back: %s", error)
-        del self._state.leases[lease_id]
+            return error.code
+        return None
 
     def _more_will_come(self) -> bool:
         stats = self._client.queue_stats()
