@@ -31,7 +31,8 @@ from server_ext.trees.forest import Outcome
 _LOOK_EVERY_S = 5.0
 _NATS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, math.inf)
 _log = logging.getLogger(__name__)
-disable_created_metrics()  # a gauge beside each counter, which nobody asks for
+# a gauge beside each counter, which nobody asks for
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _GAUGES = {
     "cache_open_trees": ("open_trees", "Trees open in the radix cache"),
