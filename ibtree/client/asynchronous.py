@@ -124,7 +124,7 @@ class AsyncClient:
             raise
         finally:
             if not sampling.over:
-                with suppress(RpcFailed):
+                with suppress(RpcFailed, grpc.aio.UsageError):  # the client may be closed already
                     await self._unary(sampling.cancel, _GOODBYE_S)
 
     def sample_events(

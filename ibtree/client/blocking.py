@@ -123,7 +123,7 @@ class Client:
             raise
         finally:
             if not sampling.over:
-                with suppress(RpcFailed):
+                with suppress(RpcFailed, ValueError):  # the client may be closed already
                     self._unary(sampling.cancel, _GOODBYE_S)
 
     def sample_events(
