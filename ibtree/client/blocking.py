@@ -145,7 +145,8 @@ class Client:
         self, prompts: Iterable[Prompt], *, timeout_s: float | None = None, wait: bool = False
     ) -> tuple[int, int]:
         """Queues prompts; returns how many are new and how many were known already. More than fit
-        into a call (10,000, or 16 MiB) take several, each all or nothing."""
+        into a call (10,000, or 16 MiB) take several, each all or nothing; what is wrong with one is
+        told with its number in its call."""
         counts = [self._unary(c, timeout_s, wait) for c in calls.submit_prompts(prompts)]
         return sum(accepted for accepted, _ in counts), sum(known for _, known in counts)
 
