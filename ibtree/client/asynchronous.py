@@ -88,7 +88,8 @@ class AsyncClient:
                 return decoded(call, self.target, response)
 
     def _attempts(self, timeout_s: float, wait: bool = False) -> Attempts:
-        return Attempts(timeout_s, self.patience_s, known=self._known or wait)
+        patience_s = None if wait else self.patience_s
+        return Attempts(timeout_s, patience_s, known=self._known or wait)
 
     def _failure(self, method: str, error: Any) -> RpcFailed:
         failed = failure(method, self.target, error)
@@ -126,7 +127,7 @@ class AsyncClient:
             raise
         finally:
             if not sampling.over:
-                with suppress(RpcFailed):
+                with suppress(RpcFailed, grpc.aio.UsageError):  # the client may be closed already
                     await self._unary(sampling.cancel, _GOODBYE_S)
 
     def sample_events(
@@ -148,7 +149,8 @@ class AsyncClient:
         self, prompts: Iterable[Prompt], *, timeout_s: float | None = None, wait: bool = False
     ) -> tuple[int, int]:
         """Queues prompts; returns how many are new and how many were known already. More than fit
-        into a call (10,000, or 16 MiB) take several, each all or nothing."""
+        into a call (10,000, or 16 MiB) take several, each all or nothing; what is wrong with one is
+        told with its number in its call."""
         counts = [await self._unary(c, timeout_s, wait) for c in calls.submit_prompts(prompts)]
         return sum(accepted for accepted, _ in counts), sum(known for _, known in counts)
 
@@ -203,10 +205,15 @@ class AsyncClient:
         await self._unary(calls.ack_trees(lease_ids), wait=wait)
 
     async def nack_trees(
-        self, lease_ids: Iterable[str], reason: str = "", *, bad: bool = False
+        self,
+        lease_ids: Iterable[str],
+        reason: str = "",
+        *,
+        bad: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         """Gives trees back; `bad` says that they themselves are at fault, which counts."""
-        await self._unary(calls.nack_trees(lease_ids, reason, bad))
+        await self._unary(calls.nack_trees(lease_ids, reason, bad), timeout_s)
 
     async def queue_stats(self, run: str | None = None) -> QueueStats:
         """Trees by state, of any run or of one."""

@@ -87,7 +87,8 @@ class Client:
                 return decoded(call, self.target, response)
 
     def _attempts(self, timeout_s: float, wait: bool = False) -> Attempts:
-        return Attempts(timeout_s, self.patience_s, known=self._known or wait)
+        patience_s = None if wait else self.patience_s
+        return Attempts(timeout_s, patience_s, known=self._known or wait)
 
     def _failure(self, method: str, error: Any) -> RpcFailed:
         failed = failure(method, self.target, error)
@@ -125,7 +126,7 @@ class Client:
             raise
         finally:
             if not sampling.over:
-                with suppress(RpcFailed):
+                with suppress(RpcFailed, ValueError):  # the client may be closed already
                     self._unary(sampling.cancel, _GOODBYE_S)
 
     def sample_events(
@@ -147,7 +148,8 @@ class Client:
         self, prompts: Iterable[Prompt], *, timeout_s: float | None = None, wait: bool = False
     ) -> tuple[int, int]:
         """Queues prompts; returns how many are new and how many were known already. More than fit
-        into a call (10,000, or 16 MiB) take several, each all or nothing."""
+        into a call (10,000, or 16 MiB) take several, each all or nothing; what is wrong with one is
+        told with its number in its call."""
         counts = [self._unary(c, timeout_s, wait) for c in calls.submit_prompts(prompts)]
         return sum(accepted for accepted, _ in counts), sum(known for _, known in counts)
 
@@ -201,9 +203,16 @@ class Client:
     def ack_trees(self, lease_ids: Iterable[str], *, wait: bool = False) -> None:
         self._unary(calls.ack_trees(lease_ids), wait=wait)
 
-    def nack_trees(self, lease_ids: Iterable[str], reason: str = "", *, bad: bool = False) -> None:
+    def nack_trees(
+        self,
+        lease_ids: Iterable[str],
+        reason: str = "",
+        *,
+        bad: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
         """Gives trees back; `bad` says that they themselves are at fault, which counts."""
-        self._unary(calls.nack_trees(lease_ids, reason, bad))
+        self._unary(calls.nack_trees(lease_ids, reason, bad), timeout_s)
 
     def queue_stats(self, run: str | None = None) -> QueueStats:
         """Trees by state, of any run or of one."""

@@ -27,6 +27,9 @@ from learner.io.prompts import PromptStream
 
 _log = logging.getLogger(__name__)
 _POLL_S = 5.0
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_GIVE_BACK_S = 5.0
+"""Longest wait for a server to take a tree back: whoever stops the learner waits for it."""
 _MAX_TREES = 1024  # a LeaseTrees call gives no more
 _MAX_REASON_CHARACTERS = 500  # a tree's reasons are kept no longer
 
@@ -161,9 +164,11 @@ class TreeLeases:
         self._write_down()
 
     def give_back(self, reason: str) -> None:
-        """Nacks everything held."""
+        """Nacks everything held. If the server is away, the rest runs out by itself."""
         for lease_id in list(self._state.leases):
-            self._nack(lease_id, reason, bad=False)
+            if self._nack(lease_id, reason, bad=False, timeout_s=_GIVE_BACK_S) in _AWAY:
+                break
+        self._state.leases.clear()
         self._ready.clear()
         try:
             self._write_down()
@@ -199,13 +204,19 @@ class TreeLeases:
         self.refused.add(lease.tree.tree_id)
         self._nack(lease.lease_id, problem, bad=True)
 
-    def _nack(self, lease_id: str, reason: str, *, bad: bool) -> None:
-        """`bad`: the tree itself is at fault, which counts against it."""
+    def _nack(
+        self, lease_id: str, reason: str, *, bad: bool, timeout_s: float | None = None
+    ) -> grpc.StatusCode | None:
+        """The status if it failed; then the lease runs out by itself. `bad`: the tree itself is at
+        fault, which counts against it."""
+        del self._state.leases[lease_id]
+        short = reason[:_MAX_REASON_CHARACTERS]
         try:
-            self._client.nack_trees([lease_id], reason[:_MAX_REASON_CHARACTERS], bad=bad)
+            self._client.nack_trees([lease_id], short, bad=bad, timeout_s=timeout_s)
         except RpcFailed as error:
             _log.info("not given back: %s", error)
-        del self._state.leases[lease_id]
+            return error.code
+        return None
 
     def _more_will_come(self) -> bool:
         stats = self._client.queue_stats(self._stream.run_id)

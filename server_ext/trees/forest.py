@@ -30,6 +30,7 @@ from server_ext.rewards.base import Graders
 from server_ext.trees.cutter import StepCutter
 from server_ext.trees.grower import SCHEDULES, Grower
 from server_ext.trees.job import Job
+from server_ext.trees.judge import TreeJudge
 from server_ext.trees.limits import Limits
 from server_ext.trees.off_loop import OffLoop
 from server_ext.trees.remaining import left_s
@@ -84,8 +85,8 @@ class Forest:
         shares = shares_of(call_share)
         self.slots = Slots(max_rollouts, Shares(shares))
         self.paces = {kind: Pace() for kind in Kind}
-        rollouts = OffLoop("rollouts")
-        self._sampler_parts = SamplerParts(engine, tokenizer, graders, self.slots, rollouts)
+        self._rollouts = OffLoop("rollouts")
+        self._sampler_parts = SamplerParts(engine, tokenizer, self.slots, self._rollouts)
         self._engine, self._tokenizer = engine, tokenizer
         self._graders, self._default_grader = graders, default_grader
         self._limits = limits
@@ -277,6 +278,8 @@ class Forest:
         seed = random.getrandbits(63) if job.options.seed is None else job.options.seed
         tree.ledger.seed = seed
         sampler = TreeSampler(self._sampler_parts, job, name, seed, began)
+        grader = self._graders.named(job.grader)
+        judge = TreeJudge(grader, self._tokenizer, job, self._rollouts)
 
         def tell(event: Expansion) -> None:
             if job.include_text:
@@ -291,7 +294,7 @@ class Forest:
         self._since[id(job)] = time.monotonic()
         try:
             strategy = strategy_named(job.options.strategy)
-            await Grower(tree, strategy, sampler, tell, job.until).grow()
+            await Grower(tree, strategy, sampler, judge, tell, job.until).grow()
             account = await self._account(name)
             tree.ledger.refilled_tokens = account.refilled
             tree.ledger.protected_tokens = account.protected

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ _ABORT_GRACE_S = 10.0
 """How long rollouts that were aborted may take to end, and those that had ended to be graded."""
 _ABORT_EVERY_S = 0.5
 """An engine does not hear of a rollout that is only on its way to it: it is told again."""
+_ROUNDING = 1e-12
 SCHEDULES = ("rounds", "eager")
 
 
@@ -42,18 +43,17 @@ class Rollout:
         return sum(len(step.token_ids) for step in self.steps) + self.dropped_tokens
 
 
+Trajectory = tuple[int, ...]
+"""All ids generated from the prompt's end on."""
+Grade = float | str
+"""What a trajectory is worth: a reward in [0, 1], or what it says where they are compared."""
+
+
 class Sampler(Protocol):
-    """The source of rollouts and of their rewards."""
+    """The source of rollouts."""
 
     async def roll(self, tree: Tree, start: int, number: int) -> Rollout:
         """Rollout `number` of the tree, from the end of node `start` to its own end."""
-
-    async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
-        """Reward in [0, 1] of a finished trajectory, given all its generated ids."""
-
-    def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
-        """Rewards by end node that change now that the trajectory is in the tree and ends with
-        node `end`: for graders that compare trajectories."""
 
     def unfinished_tokens(self) -> int:
         """What rollouts in flight have generated so far [tokens]."""
@@ -61,6 +61,17 @@ class Sampler(Protocol):
     def abort(self, tree: Tree) -> None:
         """Ends the tree's rollouts in flight early; `roll` returns them with finish NONE. May be
         called again while some are still in flight."""
+
+
+class Judge(Protocol):
+    """The source of rewards."""
+
+    async def grade(self, trajectory: Trajectory) -> Grade:
+        """The grade of a finished trajectory; asked for once, however many rollouts end so."""
+
+    def rewards(self, trajectory: Trajectory, grade: Grade) -> Mapping[Trajectory, float]:
+        """Rewards in [0, 1] that hold when one more rollout has ended with this trajectory: its
+        own, and those of others in the tree that change with it."""
 
 
 class Grower:
@@ -71,13 +82,15 @@ class Grower:
         tree: Tree,
         strategy: Strategy,
         sampler: Sampler,
+        judge: Judge,
         emit: Callable[[Expansion], None],
         until: float | None = None,
     ) -> None:
         """`until`: when the tree's deadline is, on the monotonic clock; None: its `deadline_s`, if
         it has one, runs from `grow` on."""
         self._until = until
-        self._tree, self._strategy, self._sampler, self._emit = tree, strategy, sampler, emit
+        self._tree, self._strategy, self._emit = tree, strategy, emit
+        self._sampler, self._judge = sampler, judge
         self._first = strategy.first(tree.options)
         self._started = 0
         self._in_flight: dict[asyncio.Task[None], int] = {}
@@ -85,7 +98,9 @@ class Grower:
         self._first_ends: list[int] = []
         """End nodes of the first round's rollouts."""
         self._aborting = False
-        self._grades: dict[tuple[int, ...], asyncio.Task[float]] = {}
+        self._grades: dict[Trajectory, asyncio.Task[Grade]] = {}
+        self._ends: dict[Trajectory, set[int]] = {}
+        """Nodes that each trajectory ends with; a split may have merged them since."""
 
     async def grow(self) -> Tree:
         """Returns the tree with its stop cause and ledger. Raises GrowthError if no rollout
@@ -201,13 +216,12 @@ class Grower:
                 raise RolloutLostError(f"the engine gave up a rollout of tree {tree.tree_id!r}")
             return
         below = tuple(t for step in rollout.steps for t in step.token_ids)
-        token_ids = tree.prefix(tree.alive(start)) + below
-        reward = await self._reward(token_ids)
-        start = tree.alive(start)
-        end = tree.insert(start, rollout.steps, reward, rollout.finish)
-        rewards = self._sampler.regraded(tree, end, token_ids)
-        for node, anew in rewards.items():
-            tree.set_reward(node, anew)
+        trajectory = tree.prefix(tree.alive(start)) + below
+        grade = await self._grade(trajectory)
+        rewards, start = self._judge.rewards(trajectory, grade), tree.alive(start)
+        end = tree.insert(start, rollout.steps, rewards[trajectory], rollout.finish)
+        self._ends.setdefault(trajectory, set()).add(end)
+        self._reward(rewards)
         if number < self._first:
             self._first_ends.append(end)
         self._emit(
@@ -216,7 +230,7 @@ class Grower:
                 start_node=start,
                 end_node=end,
                 generated_tokens=rollout.generated_tokens,
-                reward=rewards.get(end, reward),
+                reward=rewards[trajectory],
                 finish=rollout.finish,
                 trajectories=tree.trajectories,
                 target_trajectories=tree.options.trajectories,
@@ -229,12 +243,20 @@ class Grower:
         a_round = options.branch_nodes * options.branch_rollouts
         return 1 if number < self._first else 2 + (number - self._first) // a_round
 
-    async def _reward(self, token_ids: tuple[int, ...]) -> float:
+    async def _grade(self, trajectory: Trajectory) -> Grade:
         """Grades each distinct trajectory once, however many rollouts end with it."""
-        if token_ids not in self._grades:
-            grade = self._sampler.grade(self._tree, token_ids)
-            self._grades[token_ids] = asyncio.ensure_future(grade)
-        return await asyncio.shield(self._grades[token_ids])
+        if trajectory not in self._grades:
+            self._grades[trajectory] = asyncio.ensure_future(self._judge.grade(trajectory))
+        return await asyncio.shield(self._grades[trajectory])
+
+    def _reward(self, rewards: Mapping[Trajectory, float]) -> None:
+        """Gives the trajectories that are in the tree these rewards, where they differ by more
+        than rounding."""
+        tree = self._tree
+        for trajectory, reward in rewards.items():
+            for node in {tree.alive(node) for node in self._ends[trajectory]}:
+                if abs(tree.reward(node) - reward) > _ROUNDING:
+                    tree.set_reward(node, reward)
 
 
 async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:

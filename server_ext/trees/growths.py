@@ -27,7 +27,9 @@ from server_ext.trees.job import Job
 _KEPT_S = 60.0
 """How long a tree waits for a stream that takes it up."""
 _MOST_KEPT_BYTES = 64 * 1024 * 1024
-"""Of answers that wait: beyond, the oldest are dropped."""
+"""Of trees that have ended and wait: beyond, the oldest are dropped."""
+_TOLD_BYTES = 256
+"""About what an expansion takes, or eight token ids."""
 _MAX_ID_CHARACTERS = 256
 
 Grow = Callable[[Job, Callable[[Expansion], None]], Coroutine[Any, Any, list[bytes]]]
@@ -61,10 +63,10 @@ class Growth:
         return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
 
     @property
-    def answer_bytes(self) -> int:
-        """Size of the answer; 0 while there is none."""
-        answered = self.task.done() and not self.failed
-        return sum(map(len, self.task.result())) if answered else 0
+    def kept_bytes(self) -> int:
+        """About what it holds when it has ended well: the answer, the prompt, what was told."""
+        told = len(self._expansions) + len(self.job.token_ids) // 8 + 8
+        return sum(map(len, self.task.result())) + len(self.content) + _TOLD_BYTES * told
 
     def _emit(self, event: Expansion) -> None:
         self._expansions.append(event)
@@ -103,11 +105,11 @@ class Growths:
     def __init__(self) -> None:
         self._all: set[Growth] = set()
         self._by_id: dict[str, Growth] = {}
-
-    @property
-    def growing(self) -> int:
+        self._kept: dict[Growth, int] = {}
+        """Those that have ended well and are detached, the oldest first, with their bytes."""
+        self._kept_bytes = 0
+        self.growing = 0
         """Trees that grow, or wait for a permit or room."""
-        return sum(not growth.task.done() for growth in self._all)
 
     def attach(self, call_id: str, content: bytes, job: Job, grow: Grow) -> Growth:
         """The growth of this call: one that waits for it, or a new one of this job. Pass it to
@@ -121,6 +123,7 @@ class Growths:
             growth = Growth(call_id, content, job, grow)
             growth.task.add_done_callback(lambda _: self._done(growth))
             self._all.add(growth)
+            self.growing += 1
             if call_id:
                 self._by_id[call_id] = growth
         elif growth.content != content:
@@ -154,9 +157,12 @@ class Growths:
         await asyncio.gather(*(self._end(growth) for growth in [*self._all]))
 
     def _done(self, growth: Growth) -> None:
-        """Its task is: nobody wants a failure that nobody waits for."""
+        """Its tree has ended. Nobody wants a failure that nobody waits for."""
+        self.growing -= 1
         if growth.failed and growth.state is State.DETACHED:
             self._move(growth, State.ENDED)
+        elif growth.state is State.DETACHED:
+            self._keep(growth)
         growth.tell()
 
     async def _end(self, growth: Growth) -> None:
@@ -169,13 +175,15 @@ class Growths:
             growth.timer.cancel()
             growth.timer = None
         growth.state = state
+        self._kept_bytes -= self._kept.pop(growth, 0)
         match state:
             case State.ATTACHED:
                 growth.stream += 1
             case State.DETACHED:
                 loop = asyncio.get_running_loop()
                 growth.timer = loop.call_later(_KEPT_S, self._move, growth, State.ENDED)
-                self._drop_oldest()
+                if growth.task.done():
+                    self._keep(growth)
             case State.ENDED:
                 growth.task.cancel()
                 self._all.discard(growth)
@@ -183,13 +191,9 @@ class Growths:
                     del self._by_id[growth.call_id]
         growth.tell()
 
-    def _drop_oldest(self) -> None:
-        """Answers that wait are told already, as far as the server knows: few are asked for."""
-        kept = [growth for growth in self._by_id.values() if growth.state is State.DETACHED]
-        excess = sum(growth.answer_bytes for growth in kept) - _MOST_KEPT_BYTES
-        for growth in kept:
-            if excess <= 0:
-                return
-            if size := growth.answer_bytes:
-                excess -= size
-                self._move(growth, State.ENDED)
+    def _keep(self, growth: Growth) -> None:
+        """Few of those are asked for: as far as the server knows, their answers came."""
+        self._kept[growth] = growth.kept_bytes
+        self._kept_bytes += self._kept[growth]
+        while self._kept_bytes > _MOST_KEPT_BYTES:
+            self._move(next(iter(self._kept)), State.ENDED)

@@ -1,4 +1,4 @@
-"""Rollouts of one growing tree: joins engine, text, steps and judge."""
+"""Rollouts of one growing tree: joins engine, text and steps."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from ibtree.tree import Finish, Step, Tree
 from ibtree.tree.options import MAX_SEED
 from server_ext.capacity.slots import Slots
 from server_ext.engine.port import Completion, Engine
-from server_ext.rewards.base import Graders
 from server_ext.trees.cuts import stop_length
 from server_ext.trees.cutter import StepCutter
 from server_ext.trees.grower import Rollout
 from server_ext.trees.job import Job
-from server_ext.trees.judge import Judge
 from server_ext.trees.off_loop import OffLoop
 from server_ext.trees.strategies import strategy_named
 from server_ext.trees.text import Tokenizer
@@ -30,7 +28,6 @@ class SamplerParts:
 
     engine: Engine
     tokenizer: Tokenizer
-    graders: Graders
     slots: Slots
     off_loop: OffLoop
     """Cuts and decodes what the rollouts of all trees generated."""
@@ -56,8 +53,6 @@ class TreeSampler:
         self._job, self._name = job, name
         first = strategy_named(job.options.strategy).first(job.options)
         self._shares_prompt = min(first, job.options.trajectories) > 1
-        grader = parts.graders.named(job.grader)
-        self._judge = Judge(grader, parts.tokenizer, job, parts.off_loop)
         self._in_flight: set[str] = set()
         self._aborted = False
         self._warming: asyncio.Task[None] | None = None
@@ -124,12 +119,6 @@ class TreeSampler:
                 return await self._engine.generate(rid, token_ids, sampling, max_new_tokens, seed)
             finally:
                 self._in_flight.discard(rid)
-
-    async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
-        return await self._judge.grade(token_ids)
-
-    def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
-        return self._judge.regraded(tree, end, token_ids)
 
     @property
     def in_flight(self) -> int:

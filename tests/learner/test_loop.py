@@ -95,9 +95,9 @@ HARM = {
     offsets: "tree.token_offsets",
     beyond: "token_ids: 40 is beyond the vocabulary of 40",
     other_model: "model_id: of model ffffffffffff…",
-    no_reward: "reward sums do not add up",
-    endless_reward: "reward sums do not add up",
-    no_logprob: "tree.logprobs: not finite",
+    no_reward: "tree.reward_sums: nan",
+    endless_reward: "tree.reward_sums: inf",
+    no_logprob: "tree.logprobs: got nan",
     no_prompt: "prompt_token_ids: an empty prompt",
 }
 

@@ -56,7 +56,7 @@ async def server():
     await server.down()
 
 
-@pytest.mark.parametrize("away_s", [0.3, 4.5])
+@pytest.mark.parametrize("away_s", [0.3, 3.5])
 async def test_a_restart_is_waited_out(server, away_s):
     """By both clients; they gave up after 2.7 s of 60."""
 

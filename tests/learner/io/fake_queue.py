@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import count
 
 import grpc
@@ -30,6 +31,7 @@ class Queue:
         self.dead: dict[str, str] = {}
         self.fail: dict[str, grpc.StatusCode] = {}
         self.full_s = 0.0
+        self.calls = Counter[str]()
 
     def monotonic(self) -> float:
         return self.now
@@ -42,6 +44,7 @@ class Queue:
                 self.graded.append(tree)
 
     def _check(self, method: str, lease_ids: list[str] | None = None) -> None:
+        self.calls[method] += 1
         code = self.fail.get(method)
         if lease_ids and any(lease not in self.leases for lease in lease_ids):
             code = grpc.StatusCode.NOT_FOUND
@@ -82,7 +85,7 @@ class Queue:
         self._check("AckTrees", lease_ids)
         self.acked += [self.leases.pop(lease)[0] for lease in lease_ids]
 
-    def nack_trees(self, lease_ids, reason, *, bad):
+    def nack_trees(self, lease_ids, reason, *, bad, timeout_s=None):
         assert reason
         self._check("NackTrees", lease_ids)
         for tree in [self.leases.pop(lease)[0] for lease in lease_ids]:

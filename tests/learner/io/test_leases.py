@@ -303,8 +303,11 @@ def test_stopping_gives_everything_back(make, tmp_path):
     tree_leases.give_back("stop")
     assert queue.nacked == leased and noted(tmp_path) == {}
     queue.fail["NackTrees"] = grpc.StatusCode.UNAVAILABLE
-    tree_leases.lease_step()
+    asked = queue.calls["NackTrees"]
+    assert len(tree_leases.lease_step()) > 1
     tree_leases.give_back("stop")  # a server that is away does not stop the learner from stopping
+    assert queue.calls["NackTrees"] == asked + 1, "nor hold it up for every lease"
+    assert noted(tmp_path) == {}
 
 
 def test_tree_options_are_the_runs():

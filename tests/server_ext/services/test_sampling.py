@@ -155,17 +155,25 @@ async def test_cancelling_aborts_the_rollouts_and_frees_the_permit(site):
 
 
 async def test_cancelling_in_the_middle_of_the_stream(site):
+    written = site.engine.write
+
+    def write(ids, number):
+        if number == 5:
+            site.engine.go_on.clear()
+        return written(ids, number)
+
+    site.engine.write = write
     stream = site.client.sample_events(prompt(rounds=30))
     seen = 0
     async for _ in stream:
         seen += 1
         if seen == 4:
-            site.engine.go_on.clear()
             break
     await until(lambda: site.engine.running)
     await stream.aclose()
     await until(lambda: not site.engine.running and not site.sampling.interactive)
     await until(lambda: site.forest.calls.growing == 0)
+    site.engine.write = written
     site.engine.go_on.set()
     await site.still_serves()
 

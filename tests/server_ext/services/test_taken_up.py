@@ -7,7 +7,7 @@ import asyncio
 import grpc
 import pytest
 
-from ibtree import Client, Tree
+from ibtree import AsyncClient, Client, Tree
 from ibtree.client import RpcFailed
 from ibtree.client.sampling import Sampling
 from ibtree.messages import Expansion
@@ -169,12 +169,15 @@ async def test_what_failed_is_grown_anew(site):
 
 async def test_what_waits_is_bounded(site, monkeypatch):
     """Answers of calls that ended well are kept for a minute, but not without end."""
-    monkeypatch.setattr(growths, "_MOST_KEPT_BYTES", 10_000)
-    for _ in range(30):
+    monkeypatch.setattr(growths, "_MOST_KEPT_BYTES", 20_000)
+    for _ in range(20):
         await site.client.sample_tree(prompt())
-    await until(lambda: all(g.state is growths.State.DETACHED for g in site.sampling._growths._all))
-    kept = sum(growth.answer_bytes for growth in site.sampling._growths._all)
-    assert 0 < kept <= 10_000
+    kept = site.sampling._growths
+    await until(lambda: all(growth.state is growths.State.DETACHED for growth in kept._all))
+    assert 0 < len(kept._all) == len(kept._by_id) == len(kept._kept) < 20
+    assert 0 < kept._kept_bytes == sum(growth.kept_bytes for growth in kept._all) <= 20_000
+    await site.sampling.stop()
+    assert not (kept._all or kept._by_id or kept._kept or kept._kept_bytes or kept.growing)
 
 
 async def test_the_end_of_the_server_ends_them(site):
@@ -251,6 +254,27 @@ async def test_a_client_that_gives_up_ends_its_tree(site):
     stop_at(site, 3)
     await asyncio.to_thread(leave)
     assert not site.engine.running and site.sampling.interactive == 0
+
+
+async def test_a_client_that_is_closed_first_leaves_quietly(site, caplog):
+    """Its stream is closed later, when the interpreter gets to it."""
+    stop_at(site, 3)
+    client = AsyncClient(site.target)
+    events = client.sample_events(prompt())
+    await anext(events)
+    await client.close()
+    await events.aclose()
+
+    def blocking() -> None:
+        with Client(site.target) as client:
+            events = client.sample_events(prompt())
+            next(events)
+        events.close()
+
+    site.engine.go_on.set()
+    await asyncio.to_thread(blocking)
+    assert "an error occurred" not in caplog.text
+    site.engine.go_on.set()
 
 
 async def test_an_engine_that_fails_again_and_again_is_not_asked_for_ever(site):

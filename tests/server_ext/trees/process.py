@@ -1,4 +1,4 @@
-"""A random step process with known values, as the grower's sampler."""
+"""A random step process with known values, as the grower's sampler and judge."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Process:
         steps, finish = self.draw(prefix, number, limit)
         return Rollout(steps, finish, len(tree.prompt) + len(prefix), len(prefix))
 
-    async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
+    async def grade(self, token_ids: tuple[int, ...]) -> float:
         self.graded[token_ids] += 1
         self.grades_in_flight += 1
         try:
@@ -96,8 +96,8 @@ class Process:
             self.grades_in_flight -= 1
         return self.reward(token_ids)
 
-    def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
-        return {}
+    def rewards(self, token_ids: tuple[int, ...], grade: float) -> dict[tuple[int, ...], float]:
+        return {token_ids: grade}
 
     async def _pause(self, number: int) -> None:
         for _ in range(random.Random(number).randrange(20)):
@@ -120,7 +120,7 @@ class Growth:
         self.process, self.tree = process, Tree(prompt=(7, 8, 9), options=options)
         self.expansions: list[Expansion] = []
         chosen = strategy or strategy_named(options.strategy)
-        self.grower = Grower(self.tree, chosen, process, self._emit)
+        self.grower = Grower(self.tree, chosen, process, process, self._emit)
 
     def _emit(self, expansion: Expansion) -> None:
         assert expansion.trajectories == self.tree.trajectories

@@ -28,7 +28,7 @@ OPTIONS = TreeOptions(init_rollouts=4, rounds=9, branch_nodes=1, branch_rollouts
 
 
 class Chain:
-    """The grower's sampler."""
+    """The grower's sampler and judge."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -37,14 +37,14 @@ class Chain:
         left = DEPTH - tree.depth_steps(start)
         return Rollout(self._random.choices(STEPS, WORDINGS, k=left), Finish.STOP, 0, 0)
 
-    async def grade(self, tree: Tree, token_ids: tuple[int, ...]) -> float:
+    async def grade(self, token_ids: tuple[int, ...]) -> float:
         return float(all(word < FIRST_WRONG for word in token_ids))
 
     def unfinished_tokens(self) -> int:
         return 0
 
-    def regraded(self, tree: Tree, end: int, token_ids: tuple[int, ...]) -> dict[int, float]:
-        return {}
+    def rewards(self, token_ids: tuple[int, ...], grade: float) -> dict[tuple[int, ...], float]:
+        return {token_ids: grade}
 
     def abort(self, tree: Tree) -> None:
         raise AssertionError("nothing ends early")
@@ -71,7 +71,7 @@ def errors(strategy: Strategy) -> dict[str, Floats]:
     async def grown() -> list[Tree]:
         chain = Chain(seed=0)
         trees = [Tree(prompt=(0,), options=OPTIONS) for _ in range(TREES)]
-        return [await Grower(tree, strategy, chain, lambda _: None).grow() for tree in trees]
+        return [await Grower(tree, strategy, chain, chain, lambda _: None).grow() for tree in trees]
 
     trees = asyncio.run(grown())
     assert {tree.trajectories for tree in trees} == {12}

@@ -105,10 +105,10 @@ async def test_a_grade_that_hangs_is_cancelled_after_the_grace(monkeypatch):
     hung = growth.process.draw((), 2, 999)[0]
     slow = tuple(t for step in hung for t in step.token_ids)
 
-    async def grade_or_hang(tree, token_ids):
+    async def grade_or_hang(token_ids):
         if token_ids == slow:
             await asyncio.Event().wait()
-        return await grade(tree, token_ids)
+        return await grade(token_ids)
 
     growth.process.grade = grade_or_hang
     tree = await growth.grow()
@@ -135,7 +135,7 @@ async def test_cancelling_cancels_the_grades_in_flight():
     growth = Growth(Process(), shape(4, 9, 1, 1))
     grading: list[bool] = []
 
-    async def hang(tree, token_ids):
+    async def hang(token_ids):
         grading.append(True)
         try:
             await asyncio.Event().wait()
@@ -174,7 +174,7 @@ async def test_a_bad_grade_fails_the_tree(reward):
     growth = Growth(Process(), shape(4, 9, 1, 1))
     growth.process.hangs = {1}
 
-    async def grade(tree, token_ids):
+    async def grade(token_ids):
         if reward is ZeroDivisionError:
             raise ZeroDivisionError
         return reward
@@ -233,9 +233,9 @@ async def test_a_tree_whose_last_grades_come_after_the_deadline_is_complete():
     growth = Growth(Process(), shape(4, 1, 1, 1, deadline_s=0.05))
     grade = growth.process.grade
 
-    async def slow(tree, token_ids):
+    async def slow(token_ids):
         await asyncio.sleep(0.2)
-        return await grade(tree, token_ids)
+        return await grade(token_ids)
 
     growth.process.grade = slow
     tree = await growth.grow()

@@ -9,8 +9,6 @@ import pytest
 from ibtree.tree import Finish, Tree
 from server_ext.capacity.shares import Shares, shares_of
 from server_ext.capacity.slots import Slots
-from server_ext.rewards.base import Graders
-from server_ext.rewards.exact import ExactGrader
 from server_ext.trees.job import Job
 from server_ext.trees.off_loop import OffLoop
 from server_ext.trees.sampler import SamplerParts, TreeSampler
@@ -23,8 +21,7 @@ class One:
 
     def __init__(self, prompt: tuple[int, ...]) -> None:
         self.engine, self.slots = FakeEngine(), Slots(1, Shares(shares_of(0.5)))
-        graders = Graders({"exact": ExactGrader("####")})
-        parts = SamplerParts(self.engine, ToyTokenizer(), graders, self.slots, OffLoop("rollouts"))
+        parts = SamplerParts(self.engine, ToyTokenizer(), self.slots, OffLoop("rollouts"))
         self.tree = Tree(prompt=prompt, options=DEFAULTS)
         self.sampler = TreeSampler(parts, Job("t", prompt, "1", "exact", DEFAULTS), "t", 0)
         self.taken = self.slots.slot("another")
