@@ -236,7 +236,8 @@ HELD = {
     ),
     "srt.managers.schedule_batch.Req": (
         "beam_group cached_tokens decode_batch_idx extend_range inflight_middle_chunks kv "
-        "logprob_start_len multimodal_inputs origin_input_ids return_logprob rid time_stats"
+        "logprob_start_len multimodal_inputs origin_input_ids retracted_stain return_logprob rid "
+        "time_stats"
     ),
     "srt.managers.schedule_batch.ReqKvInfo": "holds_kv holds_mamba",
     "srt.mem_cache.unified_radix_cache.UnifiedRadixCache": "tree_components tree_core",
