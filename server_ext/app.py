@@ -71,6 +71,10 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         defaults = changed(options_from(config), separators=(config.separator,))
         check_job_names(defaults, graders, config.grader)
 
+        # two servers on one journal would each grow what the other is growing
+        stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
+        journal = JournalThread(partial(_journal, config))
+        stack.callback(journal.close)
         keep_message_memory()
         server = grpc.aio.server(options=SERVER_OPTIONS)
         port = _bind("port", config, partial(_add_port, server))
@@ -82,11 +86,6 @@ async def serve(config: ServerConfig, sglang_arguments: Sequence[str]) -> None:
         stack.callback(web.shutdown)
         tokenizer = Tokenizer(config.model)
         tokenizer.segmenter(config.separator)  # or the start is refused
-        # two servers on one journal would each grow what the other is growing
-        stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
-        journal = JournalThread(partial(_journal, config))
-        stack.callback(journal.close)
-
         try:
             engine = _engine(config, sglang_arguments)
         except FieldError:
