@@ -8,6 +8,7 @@ and a file through which many trees went is as large as what it keeps.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import statistics
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from figures import show
 
 from server_ext.queue.journal import Journal
+from server_ext.queue.journal_thread import JournalThread
 from server_ext.queue.retention import Retention
 
 OUT = Path(__file__).parent / "out" / "journal.json"
@@ -43,10 +45,11 @@ def ids(run: str, count: int) -> Iterator[list[tuple[str, bytes]]]:
 
 
 def grade(journal: Journal, count: int, tree: bytes) -> None:
-    """Brings so many queued prompts to graded."""
+    """Brings so many queued prompts to graded; how long that takes is not looked at."""
     for _ in range(0, count, 1000):
-        for queued in journal.take(min(1000, count)):
-            journal.store(queued.id, tree, version=1)
+        with journal.together():
+            for queued in journal.take(1000):
+                journal.store(queued.id, tree, version=1)
 
 
 def leases(folder: Path, trees: int) -> dict[str, float]:
@@ -55,9 +58,7 @@ def leases(folder: Path, trees: int) -> dict[str, float]:
     for run in ("first", "second"):
         for call in ids(run, trees // 2):
             journal.submit(call)
-    began = time.perf_counter()
     grade(journal, trees, os.urandom(SMALL_BYTES))
-    stored_s = time.perf_counter() - began
     leased_ms, acked_ms = [], []
     for turn in range(300):
         run = ("first", "second", None)[turn % 3]
@@ -72,26 +73,44 @@ def leases(folder: Path, trees: int) -> dict[str, float]:
         "lease_ms_median": statistics.median(leased_ms),
         "lease_ms_p99": sorted(leased_ms)[-3],
         "ack_ms_median": statistics.median(acked_ms),
-        "stores_per_second": trees / stored_s,
     }
 
 
-def throughput(folder: Path, trees: int) -> dict[str, float]:
-    """Small trees from prompt to ack, one after another, as the producer writes them."""
-    journal = Journal(folder / "journal.sqlite")
-    tree = os.urandom(SMALL_BYTES)
-    began = time.perf_counter()
+async def throughput(folder: Path, trees: int, growing: int) -> float:
+    """Small trees a second from prompt to ack, as producer and services write them: so many end
+    at about the same time, beside a learner that leases and acks."""
+    journal = JournalThread(lambda: Journal(folder / "journal.sqlite"))
     for call in ids("run", trees):
-        journal.submit(call)
-    for done in range(1, trees + 1):
-        (queued,) = journal.take(1)
-        journal.store(queued.id, tree, version=1)
-        if done % LEASE == 0:
-            held = journal.lease(LEASE, LEASE_S, MESSAGE_BYTES)
-            journal.ack([lease.lease_id for lease in held])
+        await journal(Journal.submit, call)
+    tree = os.urandom(SMALL_BYTES)
+
+    async def grow() -> None:
+        while taken := await journal(Journal.take, 1):
+            await journal(Journal.store, taken[0].id, tree, 1)
+
+    async def learn() -> None:
+        acked = 0
+        while acked < trees:
+            held = await journal(Journal.lease, LEASE, LEASE_S, MESSAGE_BYTES)
+            await journal(Journal.ack, [lease.lease_id for lease in held])
+            acked += len(held)
+
+    began = time.perf_counter()
+    await asyncio.gather(learn(), *(grow() for _ in range(growing)))
     seconds = time.perf_counter() - began
     journal.close()
-    return {"trees_per_second": trees / seconds}
+    return trees / seconds
+
+
+def throughputs(folder: Path, trees: int) -> dict[str, float]:
+    """With 64 trees growing, and with one: then each waits for the disk by itself."""
+    figures = {}
+    for growing, name in ((64, "trees_per_second"), (1, "trees_per_second_alone")):
+        part = folder / name
+        part.mkdir()
+        count = trees if growing > 1 else trees // 10
+        figures[name] = asyncio.run(throughput(part, count, growing))
+    return figures
 
 
 def counting(folder: Path, rows: int) -> dict[str, float]:
@@ -171,7 +190,7 @@ def main() -> None:
     figures: dict[str, float] = {}
     parts: list[Callable[[Path], dict[str, float]]] = [
         lambda folder: leases(folder, arguments.trees),
-        lambda folder: throughput(folder, 5000),
+        lambda folder: throughputs(folder, 10_000),
         lambda folder: counting(folder, arguments.rows),
         lambda folder: large(folder, LARGE_BYTES),
         lambda folder: retention(folder, 5000),

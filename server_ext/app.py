@@ -122,6 +122,10 @@ def _prepare(
     )
     limits.applied(defaults)
 
+    # two servers on one journal would each grow what the other is growing
+    stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
+    journal = JournalThread(partial(_journal, config))
+    stack.callback(journal.close)
     keep_message_memory()
     most_calls = config.max_calls + config.max_waiting_calls + OTHER_CALLS
     server = grpc_server(most_calls, config.message_timeout_s)
@@ -135,10 +139,6 @@ def _prepare(
     model_id, specs = model_identity(config.model), checkpoint_specs(config.model)
     tokenizer = Tokenizer(config.model)
     tokenizer.segmenter(config.separator)  # or the start is refused
-    # two servers on one journal would each grow what the other is growing
-    stack.enter_context(alone_in(config.data_dir, "data_dir", "server"))
-    journal = JournalThread(partial(_journal, config))
-    stack.callback(journal.close)
     store = WeightStore(config.data_dir / "weights", model_id, config.keep_weights)
     server_args = server_arguments(
         str(config.model),

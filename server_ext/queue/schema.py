@@ -13,7 +13,7 @@ APPLICATION = 0x49425450
 """`PRAGMA application_id` of a journal: "IBTP"."""
 PART_BYTES = 1024 * 1024
 """A tree's bytes lie in rows of so many, so that any part is read without the others."""
-_CHECKED_BYTES = 256 * 1024 * 1024
+_CHECKED_BYTES = 64 * 1024 * 1024
 """A larger file is not read through at the start: damage in it is found when it is read."""
 
 _COUNTED = ", ".join(f"('{state}')" for state in (*State, "ever acked"))

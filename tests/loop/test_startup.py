@@ -94,6 +94,13 @@ def test_a_data_folder_in_use(server: Server) -> None:
     assert "--data-dir:" in says and "in use by another server" in says
 
 
+def test_a_damaged_journal_before_the_engine_loads(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/journal.sqlite").write_text("nothing of a database\n" * 500)
+    says = server_says(tmp_path)
+    assert f"--data-dir: the journal in {tmp_path / 'data'} is damaged" in says
+
+
 def test_sglang_arguments_that_sglang_refuses(tmp_path: Path) -> None:
     line = [*server_command(tmp_path / "data"), "--no-such-option=1"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
