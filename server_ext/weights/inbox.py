@@ -26,7 +26,7 @@ _GRACE_S = 0.05
 _MOST_RECEIVING = 4
 """Each may take as much of the disk as a whole version."""
 _RETRY_AFTER_S = 10.0
-_WRITE_BYTES = 1024 * 1024
+_WRITE_BYTES = 512 * 1024
 T = TypeVar("T")
 Source = Callable[[int], AsyncIterator[bytes]]
 """Brings a file: called with the first byte that is wanted, gives the rest in order, verified."""
@@ -39,6 +39,46 @@ class _Part:
     path: Path
     size: int = 0
     spoiled: bool = False
+
+
+class _Writer:
+    """Appends to a part: a thread writes what came before while more comes."""
+
+    def __init__(self, part: _Part) -> None:
+        self._part, self._chunks, self._size = part, list[bytes](), 0
+        self._writing: asyncio.Future[int] | None = None
+
+    async def add(self, chunk: bytes) -> None:
+        """Raises OSError if the disk did not take what came before."""
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+        if self._size >= _WRITE_BYTES:
+            await self._written()
+            self._write()
+
+    async def finish(self) -> None:
+        """Returns when all is in the file. Raises OSError."""
+        await self._written()
+        if self._chunks and not self._part.spoiled:
+            self._write()
+            await self._written()
+
+    def _write(self) -> None:
+        work = asyncio.to_thread(_append, self._part.path, self._part.size, tuple(self._chunks))
+        self._writing = asyncio.ensure_future(work)
+        self._chunks.clear()
+        self._size = 0
+
+    async def _written(self) -> None:
+        if self._writing is None:
+            return
+        await asyncio.wait({self._writing})  # who is cancelled here comes back in `finish`
+        writing, self._writing = self._writing, None
+        try:
+            self._part.size += writing.result()
+        except OSError:
+            self._part.spoiled = True
+            raise
 
 
 @dataclass(eq=False)
@@ -140,25 +180,22 @@ class Inbox:
         return part.path
 
     async def _fill(self, part: _Part, limit: int, source: Source) -> None:
-        chunks, at = list[bytes](), part.size
-        loop = asyncio.get_running_loop()
+        loop, writer, at = asyncio.get_running_loop(), _Writer(part), part.size
         try:
             async with asyncio.timeout(self.idle_timeout_s) as idle:
                 try:
-                    async for chunk in source(part.size):
+                    async for chunk in source(at):
                         at += len(chunk)
                         if at > limit:
                             part.spoiled = True
                             problem = f"more than {limit} bytes"
                             raise FieldError("chunk", problem, "the announced size")
-                        chunks.append(chunk)
-                        if at - part.size >= _WRITE_BYTES:
-                            idle.reschedule(None)  # our disk's time is not the sender's
-                            await self._write(part, chunks)
+                        idle.reschedule(None)  # our disk's time is not the sender's
+                        await writer.add(chunk)
                         idle.reschedule(loop.time() + self.idle_timeout_s)
                     idle.reschedule(None)
                 finally:
-                    await self._write(part, chunks)
+                    await writer.finish()
         except TimeoutError as error:
             if not idle.expired():
                 raise
@@ -168,18 +205,6 @@ class Inbox:
             await asyncio.sleep(_GRACE_S)  # one that broke may look the same: it is cancelled here
             part.spoiled = True
             raise FieldError("chunk", f"the stream ended after {at} bytes", f"{limit}")
-
-    async def _write(self, part: _Part, chunks: list[bytes]) -> None:
-        """Appends the chunks, and empties the list."""
-        if part.spoiled or not chunks:
-            return
-        try:
-            await in_thread(_append, part.path, part.size, tuple(chunks))
-        except OSError:
-            part.spoiled = True
-            raise
-        part.size += sum(map(len, chunks))
-        chunks.clear()
 
     async def _make_room(self, part: _Part, size: int) -> None:
         """Takes the room that the file needs at once. Raises OSError if the disk has not got it."""
@@ -221,10 +246,14 @@ def _allocate(path: Path, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-def _append(path: Path, at: int, chunks: tuple[bytes, ...]) -> None:
-    with path.open("r+b") as file:
+def _append(path: Path, at: int, chunks: tuple[bytes, ...]) -> int:
+    with path.open("r+b", buffering=0) as file:
         file.seek(at)
-        file.writelines(chunks)
+        for chunk in chunks:
+            left = memoryview(chunk)
+            while left:
+                left = left[file.write(left) :]
+    return sum(map(len, chunks))
 
 
 def remove(*paths: Path) -> None:

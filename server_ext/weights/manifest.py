@@ -51,6 +51,21 @@ def check_run(manifest: WeightManifest, retained: Sequence[StoredWeights]) -> No
         )
 
 
+def check_base(manifest: WeightManifest, serving: Serving, held: Serving | None) -> None:
+    """Raises PreconditionError for a delta on another version than the served one, which has to be
+    the one held in memory."""
+    if manifest.base_version is None:
+        return
+    base = Serving(manifest.base_version, manifest.base_digest)
+    if not base.digest or not base == serving == held:
+        known = held if held and held.digest else None
+        has = f"version {known.version} ({known.digest.hex()[:12]}…)" if known else "none"
+        raise PreconditionError(
+            f"base_version: the delta builds on version {base.version} "
+            f"({base.digest.hex()[:12]}…), this server holds {has}; push a whole version"
+        )
+
+
 def check_tensors(manifest: WeightManifest, specs: Mapping[str, TensorSpec], dtype: str) -> None:
     """Raises PreconditionError unless the announced tensors are exactly the model's."""
     names = [t.name for t in manifest.tensors]

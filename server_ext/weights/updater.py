@@ -30,6 +30,7 @@ from server_ext.weights.canary import check_canary, check_sizes
 from server_ext.weights.host_copy import HostCopy
 from server_ext.weights.inbox import Inbox, Source, remove
 from server_ext.weights.manifest import (
+    check_base,
     check_number,
     check_run,
     check_size,
@@ -244,15 +245,8 @@ class WeightUpdater:
         check_version(manifest, self.serving)
         check_run(manifest, self.retained)
         check_tensors(manifest, self._specs, self.dtype)
-        if manifest.base_version is not None and settled:
-            base, ours = Serving(manifest.base_version, manifest.base_digest), self._host.version
-            if not base.digest or not base == self.serving == ours:
-                known = ours if ours and ours.digest else None
-                has = f"version {known.version} ({known.digest.hex()[:12]}…)" if known else "none"
-                raise PreconditionError(
-                    f"base_version: the delta builds on version {base.version} "
-                    f"({base.digest.hex()[:12]}…), this server holds {has}; push a whole version"
-                )
+        if settled:
+            check_base(manifest, self.serving, self._host.version)
         check_size(manifest)
         if manifest.canary:
             check_sizes(manifest.canary, self._engine.context_tokens)

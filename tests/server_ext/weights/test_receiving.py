@@ -190,9 +190,9 @@ async def test_a_slow_disk_is_not_the_senders_fault(impatient, monkeypatch):
 
     append = inbox._append
 
-    def slow(*arguments) -> None:
+    def slow(*arguments) -> int:
         time.sleep(0.3)
-        append(*arguments)
+        return append(*arguments)
 
     monkeypatch.setattr(inbox, "_WRITE_BYTES", 200)
     monkeypatch.setattr(inbox, "_append", slow)
