@@ -153,8 +153,9 @@ class Grower:
             return
         for task in done:
             del self._in_flight[task]
-        for task in done:
-            task.result()  # a lost rollout fails the tree
+        lost = [error for task in done if (error := task.exception())]  # each is looked at
+        if lost:  # fails the tree
+            raise lost[0]
 
     async def _insert(self, number: int, start: int, rollout: Rollout) -> None:
         tree, ledger = self._tree, self._tree.ledger
