@@ -19,8 +19,9 @@ from ibtree.wire.v1 import queue_pb2 as pb
 from ibtree.wire.v1 import queue_pb2_grpc
 from server_ext.errors import UnknownLeaseError
 from server_ext.queue.inspection import Chosen, cancel, listed, purge, revive
-from server_ext.queue.journal import Journal, Leased
+from server_ext.queue.journal import Journal
 from server_ext.queue.journal_thread import JournalThread
+from server_ext.queue.leases import Leased
 from server_ext.queue.producer import OPERATOR, Producer
 from server_ext.queue.states import PURGEABLE, State
 from server_ext.services.statuses import reported

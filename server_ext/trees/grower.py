@@ -185,8 +185,9 @@ class Grower:
             return self._tree.trajectories == self._started
         for task in done:
             del self._in_flight[task]
-        for task in done:
-            task.result()  # a lost rollout fails the tree
+        lost = [error for task in done if (error := task.exception())]  # each is looked at
+        if lost:  # fails the tree
+            raise lost[0]
         return True
 
     async def _give_up(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server_ext.errors import ConflictError, DiskFullError, UnknownLeaseError
-from server_ext.queue.journal import Leased
+from server_ext.queue.leases import Leased
 from server_ext.queue.states import State
 from tests.server_ext.queue.book import MANY
 
