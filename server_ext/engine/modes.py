@@ -117,6 +117,12 @@ def _deterministic_on_cpu(launch: Launch) -> str:
     return "--enable-deterministic-inference" if on else ""
 
 
+def _pages_on_cpu(launch: Launch) -> str:
+    page_size = launch.values["page_size"]
+    several = launch.device == "cpu" and (page_size or 1) > 1
+    return _option("page_size", page_size) if several else ""
+
+
 def _quantised(launch: Launch) -> str:
     method = launch.model.quantization
     given = _any("modelopt_quant", "quantize_and_serve", "rl_quant_profile")(launch)
@@ -176,6 +182,8 @@ MODES: tuple[Mode, ...] = (
          "the server's keeps the prefixes of growing trees", "leave it out: it is ours"),
     Mode("deterministic mode on a CPU", _deterministic_on_cpu,
          "SGLang has no kernels for it there", "a GPU, or leave it out"),
+    Mode("pages of several tokens on a CPU", _pages_on_cpu,
+         "SGLang gives them out with Triton, which has no CPU", "a GPU, or leave --page-size out"),
     Mode("a cache that keeps no prefixes", _chunk_cache,
          "trees are grown on cached prefixes", "leave it out, or another attention backend"),
     Mode("an eviction order other than lru", _given("radix_eviction_policy", "lru"),

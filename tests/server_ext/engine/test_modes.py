@@ -38,6 +38,7 @@ REFUSED = {
     "preferred sampling parameters": ['--preferred-sampling-params={"top_k": 1}'],
     "prompts cut to length": ["--allow-auto-truncate"],
     "deterministic mode on a CPU": [DETERMINISTIC],
+    "pages of several tokens on a CPU": ["--page-size=16"],
     "a cache that keeps no prefixes": ["--disable-radix-cache"],
     "an eviction order other than lru": ["--radix-eviction-policy=lfu"],
     "a cache with more storeys": ["--enable-lmcache"],
@@ -65,7 +66,6 @@ def test_refused(mode):
 
 WORKS = [
     ["--tp-size=2"],
-    ["--page-size=16"],
     ["--context-length=128"],
     ["--attention-backend=torch_native"],
     ["--tp-size=2", "--dp-size=2", "--enable-dp-attention"],
@@ -202,6 +202,7 @@ def test_refused_rows(facts, mode):
     [
         {},
         {"on": "cuda", "device": "cuda", "enable_deterministic_inference": True},
+        {"on": "cuda", "device": "cuda", "page_size": 64},
         {"is_multimodal": True},
         {"stored_types": {"a": "BF16", "router": "F32"}},
         {"dtype_": "bfloat16", "dtype": "bfloat16", "stored_types": {"a": "F32", "b": "F32"}},
