@@ -101,6 +101,12 @@ class EngineError(IbtpoError, RuntimeError):
     status, fault, retry = "UNAVAILABLE", Fault.DEPENDENCY, True
 
 
+class EngineRefusedError(EngineError):
+    """The engine takes no such request, however often it is asked."""
+
+    status, fault, retry = "FAILED_PRECONDITION", Fault.TREE, False
+
+
 class DrainTimeout(EngineError):
     """Rollouts did not end in time for an update; the weights are as they were."""
 

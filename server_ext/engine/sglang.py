@@ -20,7 +20,7 @@ from server_ext.engine.port import Completion
 from server_ext.engine.pulse import Pulse
 from server_ext.engine.sglang_weights import SglangWeights
 from server_ext.engine.switch import Switch
-from server_ext.errors import EngineError
+from server_ext.errors import EngineError, EngineRefusedError
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +160,8 @@ class SglangEngine:
     async def _send(
         self, rid: str, tree: str, token_ids: Sequence[int], parameters: dict[str, Any], **more: Any
     ) -> dict[str, Any]:
+        from fastapi import HTTPException
+
         try:
             out: dict[str, Any] = await self._engine.async_generate(
                 input_ids=list(token_ids),
@@ -170,7 +172,9 @@ class SglangEngine:
                 **more,
             )
         except ValueError as error:
-            raise EngineError(f"request {rid}: {error}") from error
+            raise EngineRefusedError(f"request {rid}: {error}") from error
+        except HTTPException as error:  # SGLang's way to say that it has no room, or broke
+            raise EngineError(f"request {rid}: {error.detail}") from error
         self._answered += 1
         return out
 
