@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 
-.PHONY: setup demo demo-gsm8k test lint protos bench resolve soak soak-weights clean
+.PHONY: setup demo demo-gsm8k test lint protos bench resolve soak soak-weights soak-server clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -62,6 +62,11 @@ soak: setup
 soak-weights: setup
 	IBTPO_SOAK=1 $(PY) -m pytest --timeout 3000 tests/server_ext/weights/test_killed.py \
 	  tests/loop/test_weights_in_flight.py
+
+# Faults of every kind against a real server, and whether it kept its promises; at most 45 minutes.
+# Writes benchmarks/out/soak-server.json. More options in ARGUMENTS, such as --seed=2.
+soak-server: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=.:examples/arith $(PY) -m tests.fault.soak $(ARGUMENTS)
 
 clean:
 	rm -rf .venv runs benchmarks/out

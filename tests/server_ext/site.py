@@ -52,7 +52,7 @@ class Site:
 
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.weights = Served(folder, limits.get("switch", "interrupt"))
-        self._shared_dir = limits.get("shared_dir")
+        self._shared_dir, self._port = limits.get("shared_dir"), limits.get("port", 0)
         self.engine, self.updater = self.weights.engine, self.weights.updater
         self.tokenizer = limits.get("tokenizer") or ToyTokenizer()
         open_journal = partial(Journal, folder / "j.sqlite", max_returns=2, max_failures=3)
@@ -89,7 +89,8 @@ class Site:
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, self.server)
         cache = CacheService(self.engine.trees, Auditor(self.engine, self.forest.open_prefixes))
         cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self.server)
-        self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        port = self.server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self.target = f"127.0.0.1:{port}"
         await self.server.start()
         self.producing = asyncio.create_task(self.producer.run())
         self.client = AsyncClient(self.target, timeout_s=20.0)
