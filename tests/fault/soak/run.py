@@ -32,6 +32,7 @@ LOOK_S, CALL_S = 0.1, 5.0
 FRESH_S = 1.0
 """The queue as it was so long ago counts as how it is."""
 RECOVERY_S = 60.0
+CUTS = (Fault.PUSH_CUT, Fault.ROLLBACK_CUT)
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Report:
     """Exit statuses of servers that ended under a fault that need not end one."""
     recovery_s: list[float]
     """From the end of a fault until a learner trained on a further tree."""
+    stalls: Counter[str]
+    """Faults after which that took longer than RECOVERY_S."""
     prompts: Counter[str]
     """Prompts by what became of them."""
 
@@ -61,6 +64,7 @@ class Soak:
         self._told_state = "serving"
         """State of the newest weight version, as GetWeights said last."""
         self._recovery_s: list[float] = []
+        self._stalls = Counter[str]()
         self._trained_trees, self._read_bytes = 0, Counter[Path]()
         """Seen in the learners' events so far, and how much of each file was read."""
 
@@ -89,6 +93,8 @@ class Soak:
                 for fault, state in chosen or strikes(self._rng, coverage):
                     if now_s() > until_s:
                         break
+                    if fault not in self.faults:
+                        continue
                     await self._strike(fault, state, coverage)
                 site.drain()
                 await self._drained(drain_s)
@@ -107,23 +113,27 @@ class Soak:
             Counter(e["name"] for e in events if e.kind is Kind.FAULT),
             self._nemesis.ended_by,
             self._recovery_s,
+            self._stalls,
             _outcomes(events),
         )
 
     async def _strike(self, fault: Fault, state: str, coverage: Coverage) -> None:
-        by_rollback = fault is Fault.ROLLBACK_CUT
-        async with (
-            self._version_in(state, by_rollback) as update,
-            self._nemesis.inject(fault, update),
-        ):
-            trees = self._stats if now_s() - self._looked_s < FRESH_S else QueueStats()
-            counts = {name: getattr(trees, name) for name in TREE_STATES}
-            met = self.site.logged_state() or self._told_state
-            self.site.log.write(Kind.FAULT, name=fault, trees=counts, version=met)
-            coverage.note(fault, counts, met)
-            self.site.control.slow_fsync(0.0)
+        async with self._version_in(state, fault is Fault.ROLLBACK_CUT) as update:
+            if fault in CUTS and (update is None or update.done):
+                return  # it was over before it could be cut
+            async with self._nemesis.inject(fault, update):
+                self._note(fault, coverage)
+                self.site.control.slow_fsync(0.0)
         self.site.check_learners()
         await self._recovered(fault)
+
+    def _note(self, fault: Fault, coverage: Coverage) -> None:
+        """Writes down in which states the fault, which is there now, met trees and versions."""
+        trees = self._stats if now_s() - self._looked_s < FRESH_S else QueueStats()
+        counts = {name: getattr(trees, name) for name in TREE_STATES}
+        version = self.site.logged_state() or self._told_state
+        self.site.log.write(Kind.FAULT, name=fault, trees=counts, version=version)
+        coverage.note(fault, counts, version)
 
     @asynccontextmanager
     async def _version_in(self, state: str, by_rollback: bool) -> AsyncIterator[Update | None]:
@@ -183,7 +193,8 @@ class Soak:
     async def _recovered(self, fault: Fault) -> None:
         """Waits until a learner trained on a tree that came after the fault."""
         begin_s = now_s()
-        await self._trained_more(self._count_trained(), RECOVERY_S)
+        if not await self._trained_more(self._count_trained(), RECOVERY_S):
+            self._stalls[fault] += 1
         self._recovery_s.append(now_s() - begin_s)
         self.site.log.write(Kind.HEALED, name=fault, recovery_s=self._recovery_s[-1])
 
