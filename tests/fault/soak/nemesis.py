@@ -25,8 +25,7 @@ Injection = Callable[["Nemesis", Update | None], AbstractAsyncContextManager[Non
 class Nemesis:
     """`async with nemesis.inject(fault, update)`: inside the fault is there, afterwards it is not.
 
-    A server that ended is started again, as a supervisor would; `ended_by` counts those that ended
-    under a fault that need not end a server."""
+    `ended_by` has the exit statuses of servers that ended under a fault that need not end one."""
 
     def __init__(self, site: Site, rng: Random) -> None:
         self.site, self.rng = site, rng
@@ -37,9 +36,13 @@ class Nemesis:
         """`update`: the push or rollback under way, which some faults cut."""
         async with _INJECTIONS[fault](self, update):
             yield
+        await self.revive(fault)
+
+    async def revive(self, fault: Fault | None) -> None:
+        """Starts a server again that ended by itself, as a supervisor would; `fault`: the last."""
         status = await self.site.server_ended(0.0)
         if status is not None:
-            self.ended_by.setdefault(fault, []).append(status)
+            self.ended_by.setdefault(str(fault), []).append(status)
             await self.site.start_server()
 
     async def _hold(self, low_s: float, high_s: float) -> None:

@@ -65,6 +65,8 @@ class Soak:
         """State of the newest weight version, as GetWeights said last."""
         self._recovery_s: list[float] = []
         self._stalls = Counter[str]()
+        self._fault: Fault | None = None
+        """The last one."""
         self._trained_trees, self._read_bytes = 0, Counter[Path]()
         """Seen in the learners' events so far, and how much of each file was read."""
 
@@ -121,15 +123,17 @@ class Soak:
         async with self._version_in(state, fault is Fault.ROLLBACK_CUT) as update:
             if fault in CUTS and (update is None or update.done):
                 return  # it was over before it could be cut
+            fresh = now_s() - self._looked_s < FRESH_S
+            trees = self._stats if fresh else QueueStats()  # before: some faults take their time
+            self._fault = fault
             async with self._nemesis.inject(fault, update):
-                self._note(fault, coverage)
+                self._note(fault, trees, coverage)
                 self.site.control.slow_fsync(0.0)
         self.site.check_learners()
         await self._recovered(fault)
 
-    def _note(self, fault: Fault, coverage: Coverage) -> None:
+    def _note(self, fault: Fault, trees: QueueStats, coverage: Coverage) -> None:
         """Writes down in which states the fault, which is there now, met trees and versions."""
-        trees = self._stats if now_s() - self._looked_s < FRESH_S else QueueStats()
         counts = {name: getattr(trees, name) for name in TREE_STATES}
         version = self.site.logged_state() or self._told_state
         self.site.log.write(Kind.FAULT, name=fault, trees=counts, version=version)
@@ -166,6 +170,7 @@ class Soak:
             try:
                 return await self._look_at_weights()
             except RpcFailed:
+                await self._nemesis.revive(self._fault)
                 await asyncio.sleep(LOOK_S)
 
     async def _version_state(self) -> str:
@@ -203,6 +208,7 @@ class Soak:
         while self._count_trained() <= than:
             if now_s() > until_s:
                 return False
+            await self._nemesis.revive(self._fault)
             await asyncio.sleep(LOOK_S)
         return True
 
@@ -220,6 +226,7 @@ class Soak:
         """Returns when nothing is left to train on, and writes down the journal's last words."""
         until_s = now_s() + timeout_s
         while now_s() < until_s:
+            await self._nemesis.revive(self._fault)
             await asyncio.sleep(LOOK_S)
             one = self._stats
             left = one.queued + one.growing + one.graded + one.leased

@@ -28,7 +28,7 @@ from tests.fault.soak.reward_service import POISON
 CALL_S = 5.0
 LEASE_S = 8.0
 BATCH = 2
-TRAIN_S = 0.3
+TRAIN_S = 0.6
 PAUSE_S = 0.2
 FEW_QUEUED, AT_ONCE = 4, 4
 """While fewer are queued, so many prompts more are submitted."""
