@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := .venv/.ready
 
-.PHONY: setup demo demo-gsm8k test lint protos bench resolve soak soak-weights soak-server clean
+.PHONY: setup demo demo-gsm8k test lint protos bench resolve soak soak-weights clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -65,6 +65,7 @@ soak-weights: setup
 
 # Faults of every kind against a real server, and whether it kept its promises; at most 45 minutes.
 # Writes benchmarks/out/soak-server.json. More options in ARGUMENTS, such as --seed=2.
+.PHONY: soak-server
 soak-server: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=.:examples/arith $(PY) -m tests.fault.soak $(ARGUMENTS)
 

@@ -50,9 +50,12 @@ def prompt(text: str = "What?", id: str = "", grader: str = "", **options: Any) 
 class Site:
     """`async with Site(folder)`: built like server_ext.app, without the process around it."""
 
+    port = 0
+    """To listen on, once entered; 0 takes a free one."""
+
     def __init__(self, folder: Path, **limits: Any) -> None:
         self.weights = Served(folder, limits.get("switch", "interrupt"))
-        self._shared_dir, self._port = limits.get("shared_dir"), limits.get("port", 0)
+        self._shared_dir = limits.get("shared_dir")
         self.engine, self.updater = self.weights.engine, self.weights.updater
         self.tokenizer = limits.get("tokenizer") or ToyTokenizer()
         open_journal = partial(Journal, folder / "j.sqlite", max_returns=2, max_failures=3)
@@ -89,7 +92,7 @@ class Site:
         weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, self.server)
         cache = CacheService(self.engine.trees, Auditor(self.engine, self.forest.open_prefixes))
         cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self.server)
-        port = self.server.add_insecure_port(f"127.0.0.1:{self._port}")
+        port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
         self.target = f"127.0.0.1:{port}"
         await self.server.start()
         self.producing = asyncio.create_task(self.producer.run())

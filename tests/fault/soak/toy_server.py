@@ -87,11 +87,11 @@ async def serve(folder: Path, port: int, rewards: str, weight_switch: str) -> No
     grader = RemoteGrader(rewards, REWARD_TIMEOUT_S)
     site = Site(
         folder,
-        port=port,
         switch=weight_switch,
         graders={"exact": grader},  # what prompts that name none get
         max_open_trees=OPEN_TREES,
     )
+    site.port = port
     await site.updater.restore()
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
