@@ -34,7 +34,7 @@ class Nemesis:
     @asynccontextmanager
     async def inject(self, fault: Fault, update: Update | None) -> AsyncIterator[None]:
         """`update`: the push or rollback under way, which some faults cut."""
-        async with _INJECTIONS[fault](self, update):
+        async with INJECTIONS[fault](self, update):
             yield
         await self.revive(fault)
 
@@ -164,7 +164,7 @@ class Nemesis:
         yield
 
 
-_INJECTIONS: dict[Fault, Injection] = {
+INJECTIONS: dict[Fault, Injection] = {
     Fault.SERVER_KILLED: Nemesis.server_killed,
     Fault.SERVER_STOPPED: Nemesis.server_stopped,
     Fault.SERVER_TERMINATED: Nemesis.server_terminated,

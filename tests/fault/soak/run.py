@@ -32,6 +32,8 @@ LOOK_S, CALL_S = 0.1, 5.0
 FRESH_S = 1.0
 """The queue as it was so long ago counts as how it is."""
 RECOVERY_S = 60.0
+QUIET_S = 3.0
+"""Nothing more comes when there was nothing for so long: a learner may be about to submit."""
 CUTS = (Fault.PUSH_CUT, Fault.ROLLBACK_CUT)
 
 
@@ -53,7 +55,7 @@ class Report:
 
 
 class Soak:
-    """`await Soak(folder, seed).run(…)` once."""
+    """`await Soak(folder, seed, kind).run(…)` once."""
 
     def __init__(self, folder: Path, seed: int, kind: Server) -> None:
         self._rng = Random(seed)
@@ -224,14 +226,15 @@ class Soak:
 
     async def _drained(self, timeout_s: float) -> None:
         """Returns when nothing is left to train on, and writes down the journal's last words."""
-        until_s = now_s() + timeout_s
-        while now_s() < until_s:
+        busy_s = now_s()
+        until_s = busy_s + timeout_s
+        while now_s() < min(until_s, busy_s + QUIET_S):
             await self._nemesis.revive(self._fault)
             await asyncio.sleep(LOOK_S)
             one = self._stats
             left = one.queued + one.growing + one.graded + one.leased
-            if not left and now_s() - self._looked_s < FRESH_S:
-                break
+            if left or now_s() - self._looked_s > FRESH_S:
+                busy_s = now_s()
         self.site.stop_learners()
         journal = self.site.kind.journal(self.site.data_dir)
         for id_, (state, reasons) in rows(journal, "state, reasons").items():
