@@ -77,5 +77,11 @@ soak-weights: setup
 	IBTPO_SOAK=1 $(PY) -m pytest --timeout 3000 tests/server_ext/weights/test_killed.py \
 	  tests/loop/test_weights_in_flight.py
 
+# Faults of every kind against a real server, and whether it kept its promises; at most 45 minutes.
+# Writes benchmarks/out/soak-server.json. More options in ARGUMENTS, such as --seed=2.
+.PHONY: soak-server
+soak-server: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=.:examples/arith $(PY) -m tests.fault.soak $(ARGUMENTS)
+
 clean:
 	rm -rf .venv .venv-newest runs benchmarks/out

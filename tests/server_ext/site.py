@@ -53,6 +53,9 @@ def prompt(text: str = "What?", id: str = "", grader: str = "", **options: Any) 
 class Site:
     """`async with Site(folder)`: built like server_ext.app, without the process around it."""
 
+    port = 0
+    """To listen on, once entered; 0 takes a free one."""
+
     def __init__(self, folder: Path, **limits: Any) -> None:
         idle_timeout_s = limits.get("push_idle_timeout_s", 60.0)
         self.weights = Served(
@@ -111,7 +114,8 @@ class Site:
         auditor = Auditor(self.engine, self.forest.open_prefixes, self._audited)
         cache = CacheService(self.engine.trees, auditor)
         cache_pb2_grpc.add_CacheServiceServicer_to_server(cache, self.server)
-        self.target = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
+        port = self.server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self.target = f"127.0.0.1:{port}"
         await self.server.start()
         self.producing = asyncio.create_task(self.producer.run())
         self.client = AsyncClient(self.target, timeout_s=20.0)
