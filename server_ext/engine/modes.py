@@ -117,6 +117,11 @@ def _deterministic_on_cpu(launch: Launch) -> str:
     return "--enable-deterministic-inference" if on else ""
 
 
+def _data_parallel_on_cpu(launch: Launch) -> str:
+    size = launch.values["dp_size"] or 1
+    return _option("dp_size", size) if launch.device == "cpu" and size > 1 else ""
+
+
 def _pages_on_cpu(launch: Launch) -> str:
     page_size = launch.values["page_size"]
     several = launch.device == "cpu" and (page_size or 1) > 1
@@ -202,6 +207,9 @@ MODES: tuple[Mode, ...] = (
     Mode("data parallelism without data-parallel attention", _plain_data_parallel,
          "SGLang updates the weights of one rank only",
          "add --enable-dp-attention, or start more servers"),
+    Mode("data parallelism on a CPU", _data_parallel_on_cpu,
+         "it pads batches, which the attention backends for a CPU do not take",
+         "--tp-size, or start more servers"),
     Mode("pipeline parallelism", _more_than_one("pp_size"),
          "weight updates reach the first stage only", "--tp-size"),
     Mode("several nodes", _more_than_one("nnodes"),

@@ -44,6 +44,7 @@ REFUSED = {
     "a cache with more storeys": ["--enable-lmcache"],
     "sessions in the cache": ["--enable-streaming-session"],
     "data parallelism without data-parallel attention": ["--dp-size=2"],
+    "data parallelism on a CPU": ["--tp-size=2", "--dp-size=2", "--enable-dp-attention"],
     "pipeline parallelism": ["--pp-size=2"],
     "several nodes": ["--nnodes=2", "--node-rank=0", "--dist-init-addr=127.0.0.1:5000"],
     "prefill and decode apart": ["--disaggregation-mode=prefill"],
@@ -68,7 +69,6 @@ WORKS = [
     ["--tp-size=2"],
     ["--context-length=128"],
     ["--attention-backend=torch_native"],
-    ["--tp-size=2", "--dp-size=2", "--enable-dp-attention"],
     ["--enable-mixed-chunk", "--chunked-prefill-size=128"],
 ]
 
@@ -203,6 +203,7 @@ def test_refused_rows(facts, mode):
         {},
         {"on": "cuda", "device": "cuda", "enable_deterministic_inference": True},
         {"on": "cuda", "device": "cuda", "page_size": 64},
+        {"on": "cuda", "device": "cuda", "dp_size": 2, "enable_dp_attention": True},
         {"is_multimodal": True},
         {"stored_types": {"a": "BF16", "router": "F32"}},
         {"dtype_": "bfloat16", "dtype": "bfloat16", "stored_types": {"a": "F32", "b": "F32"}},
