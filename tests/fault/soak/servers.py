@@ -10,7 +10,6 @@ from typing import Protocol
 
 from processes import MODEL, server_command
 
-from server_ext.config import ServerConfig
 from tests import ROOT
 from tests.fault.soak.coverage import Fault
 
@@ -51,7 +50,7 @@ class RealServer:
             "--keep-weights=3",
             f"--shutdown-grace-s={GRACE_S:g}",
             f"--weight-switch={weight_switch}",
-            *_known(min_free_bytes=8 * 1024**2),
+            f"--min-free-bytes={8 * 1024**2}",
             port=port,
         )
 
@@ -90,9 +89,3 @@ def module(name: str, *arguments: str) -> list[str]:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     python = ["env", f"PYTHONPATH={paths}", sys.executable, "-m"]
     return [*python, f"{__package__}.{name}", *arguments]
-
-
-def _known(**settings: object) -> list[str]:
-    """Command-line options of these settings, those that the server has."""
-    known = {name: value for name, value in settings.items() if name in ServerConfig.model_fields}
-    return [f"--{name.replace('_', '-')}={value}" for name, value in known.items()]

@@ -20,8 +20,7 @@ import grpc
 
 from ibtree import Client, Prompt, Tree
 from ibtree.client import RpcFailed
-from ibtree.messages import TreeLease
-from tests.fault.soak.abilities import CANCELS, bad_argument, cancel, run_argument
+from ibtree.messages import TreeChoice, TreeLease
 from tests.fault.soak.events import EventLog, Kind, now_s, read_events
 from tests.fault.soak.reward_service import POISON
 
@@ -57,7 +56,7 @@ def is_ungradable(number: int) -> bool:
 
 def is_cancelled(number: int) -> bool:
     """Whether the prompt is cancelled as soon as it is submitted."""
-    return CANCELS and number % 12 == 8
+    return number % 12 == 8
 
 
 def prompt(run: str, number: int) -> Prompt:
@@ -119,13 +118,11 @@ class Trainer:
         self._log.write(Kind.SUBMITTED, id=one.id, poison=poison)
         if is_cancelled(number):
             self._log.write(Kind.CANCELLED, id=one.id)
-            cancel(self._client, one.id)
+            self._client.cancel_prompts(TreeChoice(ids=(one.id,)))
 
     def _train(self) -> None:
         asked_s = now_s()
-        leases = self._client.lease_trees(
-            BATCH, lease_s=self._lease_s, wait_s=1.0, **run_argument(self._run)
-        )
+        leases = self._client.lease_trees(BATCH, lease_s=self._lease_s, wait_s=1.0, run=self._run)
         for lease in leases:
             self._log.write(
                 Kind.LEASED,
@@ -143,9 +140,9 @@ class Trainer:
     def _done(self, lease: TreeLease) -> None:
         run, _, number = lease.tree.tree_id.rpartition("/")
         if run != self._run:
-            self._return(lease, "not of a prompt of this run", {})
+            self._return(lease, "not of a prompt of this run", bad=False)
         elif is_refused(int(number)):
-            self._return(lease, "this tree is bad", bad_argument())
+            self._return(lease, "this tree is bad", bad=True)
         else:
             if lease.tree.tree_id not in self._ledger:
                 self._log.write(Kind.TRAINED, id=lease.tree.tree_id, durably=True)
@@ -167,12 +164,12 @@ class Trainer:
                 self._log.write(Kind.ACKED, id=tree_id, lease=lease.lease_id)
                 return self._ledger.discard(tree_id)
 
-    def _return(self, lease: TreeLease, reason: str, how: dict[str, bool]) -> None:
+    def _return(self, lease: TreeLease, reason: str, *, bad: bool) -> None:
         # before the call: whoever is killed behind it must not seem to hold the tree still
         self._log.write(Kind.RETURNED, id=lease.tree.tree_id, lease=lease.lease_id, reason=reason)
         while True:
             try:
-                self._client.nack_trees([lease.lease_id], reason, **how)
+                self._client.nack_trees([lease.lease_id], reason, bad=bad)
             except RpcFailed as failed:
                 if failed.code is grpc.StatusCode.NOT_FOUND:
                     return  # it ran out, or the answer to the attempt before was lost
