@@ -76,6 +76,7 @@ CALLED = {
         "begin_weight_update": "(self, recv_req)",
         "update_weights_from_tensor": "(self, recv_req)",
         "end_weight_update": "(self, recv_req)",
+        "record_weight_version_after_update": "(self, weight_version)",
     },
     "srt.model_executor.model_runner_components.weight_updater": {
         "_unwrap_tensor": "(tensor, tp_rank, device)",
