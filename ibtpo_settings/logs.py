@@ -19,8 +19,8 @@ class OneLine(logging.Formatter):
         return "\n".join(f"  {printable(line)}" for line in lines)
 
 
-def log_to_stderr() -> None:
-    """Logs from INFO on, and nowhere else."""
+def log_to_stderr(*, nowhere_else: bool = False) -> None:
+    """Logs from INFO on; with `nowhere_else` other handlers of the root logger go."""
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=nowhere_else)
