@@ -116,11 +116,16 @@ class _Sweep:
         queue = iter(waiting)
         workers = [asyncio.create_task(self._work(queue, done)) for _ in range(IN_FLIGHT)]
         try:
-            await asyncio.gather(*workers)
+            # not `gather`: cancelled, it goes on at the first worker's end, and another cancellation
+            # would meet the others while they tell the server that nobody wants their trees
+            await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for worker in workers:
                 worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            results = await asyncio.gather(*workers, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
 
     async def _work(self, queue: Iterator[Problem], done: Callable[[], None]) -> None:
         for problem in queue:
