@@ -116,8 +116,8 @@ class _Sweep:
         queue = iter(waiting)
         workers = [asyncio.create_task(self._work(queue, done)) for _ in range(IN_FLIGHT)]
         try:
-            # not `gather`: cancelled, it goes on at the first worker's end, and another cancellation
-            # would meet the others while they tell the server that nobody wants their trees
+            # not `gather`: cancelled, it goes on at the first worker's end; another cancellation
+            # then meets the others while they tell the server that nobody wants their trees
             await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for worker in workers:
