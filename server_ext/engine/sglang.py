@@ -160,8 +160,6 @@ class SglangEngine:
     async def _send(
         self, rid: str, tree: str, token_ids: Sequence[int], parameters: dict[str, Any], **more: Any
     ) -> dict[str, Any]:
-        from fastapi import HTTPException
-
         try:
             out: dict[str, Any] = await self._engine.async_generate(
                 input_ids=list(token_ids),
@@ -173,8 +171,11 @@ class SglangEngine:
             )
         except ValueError as error:
             raise EngineRefusedError(f"request {rid}: {error}") from error
-        except HTTPException as error:  # SGLang's way to say that it has no room, or broke
-            raise EngineError(f"request {rid}: {error.detail}") from error
+        except Exception as error:
+            if not hasattr(error, "status_code"):
+                raise
+            # FastAPI's HTTPException: SGLang's way to say that it has no room, or broke
+            raise EngineError(f"request {rid}: {error}") from error
         self._answered += 1
         return out
 

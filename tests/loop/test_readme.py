@@ -71,7 +71,7 @@ def test_a_client_asks_it(address: str) -> None:
             run(line)
         elif program(line) == "ibtpo":
             printed[shlex.split(line)[1]] = run(f"{here(line)} --server {address}")
-    assert set(printed) == {"queue", "weights", "eval", "sample"}
+    assert set(printed) == {"queue", "trees", "weights", "eval", "sample"}
     assert "problems" in printed["eval"] and "reward" in printed["sample"]
 
 

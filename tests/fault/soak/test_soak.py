@@ -22,7 +22,7 @@ STRIKES: list[Strike] = [
 
 async def test_promises_hold_under_faults(tmp_path: Path) -> None:
     soak = Soak(tmp_path, 1, RealServer())
-    report = await soak.run(STRIKES, for_s=100.0, drain_s=60.0)
+    report = await soak.run(STRIKES, for_s=240.0, drain_s=60.0)
     left_out = soak.site.faults_left_out
     assert set(report.faults) == {fault for fault, _ in STRIKES if fault not in left_out}
     assert vars(report.verdict) == {name: [] for name in vars(report.verdict)}

@@ -161,7 +161,7 @@ async def test_no_token_of_a_version_that_was_taken_back_reaches_a_tree(tmp_path
             return await score(prefix, token)
 
         site.engine.try_out = slow
-        bad = canaried(version_of(tmp_path, 4), off=9.0)
+        bad = canaried(version_of(tmp_path, 4), off=-9.0)
         push = asyncio.create_task(site.client.push_weights(bad.manifest, bad.path))
         await tried.wait()
         site.engine.go_on.set()  # they end with tokens of version 4, before the verdict
