@@ -40,6 +40,12 @@ def check_integer(name: str, value: int, low: int, high: int) -> None:
     check_range(name, value, low, high)
 
 
+def check_length(name: str, text: str, most: int) -> None:
+    """Raises FieldError unless the text has at most so many characters."""
+    if len(text) > most:
+        raise FieldError(name, f"{len(text)} characters", f"at most {most}")
+
+
 def check_texts(name: str, texts: object) -> tuple[str, ...]:
     """Up to 16 texts of 1 to 256 characters; one text alone is a list of one. Raises FieldError."""
     listed = (texts,) if isinstance(texts, str) else texts

@@ -147,21 +147,19 @@ class Database:
     def _begin(self) -> None:
         """What grew is queued again: the server that grew it is gone. Deadlines of another start of
         the machine are renewed: how long it was off, nobody knows."""
-        run, db = self.connection.execute, self.connection
+        run = self.connection.execute
         for (seq,) in run(f"SELECT seq FROM trees WHERE state = '{State.GROWING}'").fetchall():
             self.move(seq, State.QUEUED)
         known = run("SELECT value FROM facts WHERE name = 'boot'").fetchone()
         if known and known[0] == self._boot():
             return
         now = self.now()
-        db.execute(
-            f"UPDATE trees SET lease_until = ? + lease_s WHERE state = '{State.LEASED}'", (now,)
-        )
-        db.execute(
+        run(f"UPDATE trees SET lease_until = ? + lease_s WHERE state = '{State.LEASED}'", (now,))
+        run(
             f"UPDATE trees SET not_before = 0, submitted_at = ? WHERE state = '{State.QUEUED}'",
             (now,),
         )
-        db.execute("INSERT OR REPLACE INTO facts VALUES ('boot', ?)", (self._boot(),))
+        run("INSERT OR REPLACE INTO facts VALUES ('boot', ?)", (self._boot(),))
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first column of the first row, or None."""

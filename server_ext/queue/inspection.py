@@ -31,17 +31,19 @@ def listed(
     """At most `count` trees with a number above `after`, in the order of submission: a number is
     the place in it."""
     database = journal.database
-    conditions, values = ["seq > ?"], [after]
+    conditions: list[str] = ["seq > ?"]
+    values: list[Any] = [after]
     if state is not None:
-        conditions.append(f"state = '{state}'")
+        conditions.append(f"state = '{state}'")  # no parameter: partial indexes are by state
+    if run is not None:
+        conditions.append("run = ?")
+        values.append(run)
     with database.transaction(synced=False):
         now = database.now()
-        if run is not None:
-            conditions.append("run = ?")
         rows = database.connection.execute(
             f"SELECT {', '.join(_COLUMNS)} FROM trees WHERE {' AND '.join(conditions)}"
             " ORDER BY seq LIMIT ?",
-            (*values, *([] if run is None else [run]), count),
+            (*values, count),
         ).fetchall()
     return [_entry(row, now) for row in rows]
 

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from ibtree.errors import FieldError
 from ibtree.messages import QueueStats
-from ibtree.tree.options import check_range
+from ibtree.tree.options import check_length, check_range
 from ibtree.wire.messages import stats_to_proto
 from ibtree.wire.queue import choice_from_proto, entry_to_proto, state_from_proto
 from ibtree.wire.v1 import queue_pb2 as pb
@@ -104,9 +104,7 @@ class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
 
     async def NackTrees(self, request: pb.NackTreesRequest, context: Any) -> pb.NackTreesResponse:
         async with reported(context):
-            if len(request.reason) > _MAX_REASON_CHARACTERS:
-                problem = f"{len(request.reason)} characters"
-                raise FieldError("reason", problem, f"at most {_MAX_REASON_CHARACTERS}")
+            check_length("reason", request.reason, _MAX_REASON_CHARACTERS)
             await self._journal(
                 Journal.nack, list(request.lease_ids), request.reason, bad=request.bad
             )
@@ -146,9 +144,7 @@ class QueueService(queue_pb2_grpc.TreeQueueServiceServicer):
             return pb.DrainQueueResponse(growing=await self._producer.idle(wait_s))
 
     def _hold(self, reason: str) -> None:
-        if len(reason) > _MAX_HOLD_CHARACTERS:
-            problem = f"{len(reason)} characters"
-            raise FieldError("reason", problem, f"at most {_MAX_HOLD_CHARACTERS}")
+        check_length("reason", reason, _MAX_HOLD_CHARACTERS)
         self._producer.taking.hold(OPERATOR, reason)
 
     async def ListTrees(self, request: pb.ListTreesRequest, context: Any) -> pb.ListTreesResponse:
@@ -228,9 +224,7 @@ def _run(
 ) -> str | None:
     if not request.HasField("run"):
         return None
-    if len(request.run) > _MAX_ID_CHARACTERS:
-        problem = f"{len(request.run)} characters"
-        raise FieldError("run", problem, f"at most {_MAX_ID_CHARACTERS}")
+    check_length("run", request.run, _MAX_ID_CHARACTERS)
     return request.run
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from ibtree.errors import FieldError
 from ibtree.messages import Chat, Expansion, Progress, Prompt
 from ibtree.tree import Tree
-from ibtree.tree.options import TreeOptions, changed, check_choice, completed
+from ibtree.tree.options import TreeOptions, changed, check_choice, check_length, completed
 from server_ext.cache.audit import OpenPrefix
 from server_ext.cache.open_trees import TreeAccount
 from server_ext.capacity.admission import Admission
@@ -144,12 +144,8 @@ class Forest:
 
     def check(self, prompt: Prompt) -> Job:
         """The job of a prompt. Raises FieldError that names the field and what is allowed."""
-        if len(prompt.id) > _MAX_ID_CHARACTERS:
-            problem = f"{len(prompt.id)} characters"
-            raise FieldError("prompt.id", problem, f"at most {_MAX_ID_CHARACTERS}")
-        if len(prompt.answer) > _MAX_ANSWER_CHARACTERS:
-            problem = f"{len(prompt.answer)} characters"
-            raise FieldError("answer", problem, f"at most {_MAX_ANSWER_CHARACTERS}")
+        check_length("prompt.id", prompt.id, _MAX_ID_CHARACTERS)
+        check_length("answer", prompt.answer, _MAX_ANSWER_CHARACTERS)
         options = completed(prompt.options, self.defaults)
         grader = prompt.grader or self._default_grader
         check_job_names(options, self._graders, grader)

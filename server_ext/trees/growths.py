@@ -19,8 +19,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from enum import Enum
 from typing import Any
 
-from ibtree.errors import FieldError
 from ibtree.messages import Expansion
+from ibtree.tree.options import check_length
 from server_ext.errors import ConflictError, TakenUpError
 from server_ext.trees.job import Job
 
@@ -115,9 +115,7 @@ class Growths:
         """The growth of this call: one that waits for it, or a new one of this job. Pass it to
         `detach` when the stream has ended. Raises FieldError, and ConflictError for an id of a call
         with other content."""
-        if len(call_id) > _MAX_ID_CHARACTERS:
-            problem = f"{len(call_id)} characters"
-            raise FieldError("call_id", problem, f"at most {_MAX_ID_CHARACTERS}")
+        check_length("call_id", call_id, _MAX_ID_CHARACTERS)
         growth = self._by_id.get(call_id)
         if growth is None:
             growth = Growth(call_id, content, job, grow)
